@@ -2,9 +2,9 @@
 
     z = (x - median) / max(1.4826 MAD, floor)
 
-MAD is the median of |past - median|, and 1.4826 MAD is the standard deviation of a normal variable (Rousseeuw and
-Croux 1993, section 1). The floor keeps a constant past from making every change a large one. A trend stays small: on a
-line of n points the next one has z = 1.35. Only finite values of the past count. A value that is not finite has an
+MAD is the median of |past - median|, and 1.4826 MAD is the standard deviation of a normal variable, since
+1.4826 = 1 / Phi^-1(3/4). The floor keeps a constant past from making every change a large one. A trend stays small: on
+a line of n points the next one has z = 1.35. Only finite values of the past count. A value that is not finite has an
 infinite score.
 
 A loss falls steeply at first, which would hide a spike. So losses are compared after their trend is taken away: by how

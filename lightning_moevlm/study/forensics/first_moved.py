@@ -42,6 +42,7 @@ _TREATMENTS = {
     "output_logit": _FACTOR,
     "learning_rate": _FACTOR._replace(matters="up"),
     "loss_scale": _FACTOR._replace(matters="down"),
+    "expert_update": _Treatment(0.5, by_logarithm=True, matters="down"),  # moved: about a twentieth of the usual share
     "load": _Treatment(0.05),
 }
 """Kinds that may move; sums and weights of others are left out."""

@@ -4,13 +4,15 @@
     skipped      the step was not taken (`model.gradient.skip_spikes`)
     spike        the total loss, less its trend, has a robust z-score above the threshold against the last steps with
                  the same loss terms
+    frozen       an expert that gets a quarter of an even share of the tokens or more has changed by less than a
+    expert       hundredth of the median of its layer in each of the last 8 steps
 
 A spike that lasts several steps is declared once, and does not enter the past that later steps are judged by. Batches
 of one modality have other losses than pairs, so they have a past of their own.
 """
 
 import math
-from collections import defaultdict, deque
+from collections import Counter, defaultdict, deque
 from typing import NamedTuple
 
 from lightning_moevlm.study.forensics.deviation import find_level, robust_score
@@ -19,6 +21,9 @@ from lightning_moevlm.tracking.recordings.recording import Event, RecordedStep
 WINDOW, LEAST = 32, 12
 """Differences from the trend in the past, and those that must be known before a step is judged."""
 _FLOOR = 0.01  # of the loss: least standard deviation
+STILL_STEPS = 8
+_STILL = 0.01  # of the median update: an expert below it does not learn
+_FED = 0.25  # of an even share of the tokens: an expert below it has little to learn from
 
 
 class Judgement(NamedTuple):
@@ -64,6 +69,7 @@ class Watch:
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
         self._past = defaultdict[tuple[str, ...], _Past](_Past)
+        self._still = defaultdict[str, int](int)  # steps without an update, by quantity
         self._before = frozenset[str]()  # kinds that the step before had
 
     def judge(self, step: RecordedStep) -> Judgement:
@@ -73,7 +79,7 @@ class Watch:
         return Judgement(tuple(event for event in events if event.kind not in before), self._before, score)
 
     def _find(self, step: RecordedStep) -> tuple[list[Event], float]:
-        events = []
+        events = self._find_frozen(step)
         if step.values.get("skipped"):
             events.append(Event(step.step, "skipped", "the step was not taken"))
         losses = {name: value for name, value in step.values.items() if name.startswith("loss/")}
@@ -88,3 +94,25 @@ class Watch:
             return [*events, Event(step.step, "spike", text)], score
         past.add(total)
         return events, score
+
+    def _find_frozen(self, step: RecordedStep) -> list[Event]:
+        """Return an event that names the experts that have been still for long enough."""
+        updates = {name: value for name, value in step.values.items() if name.startswith("expert_update/")}
+        num_experts = Counter(name.rpartition("/")[0] for name in updates)
+        for name, value in updates.items():
+            share = _find_share(step, name) * num_experts[name.rpartition("/")[0]]
+            self._still[name] = self._still[name] + 1 if value < _STILL and share >= _FED else 0
+        frozen = [name.partition("/")[2] for name, steps in self._still.items() if steps >= STILL_STEPS]
+        text = f"{', '.join(frozen)}: chosen by tokens and without an update for {STILL_STEPS} steps"
+        return [Event(step.step, "frozen expert", text)] if frozen else []
+
+
+def _find_share(step: RecordedStep, update: str) -> float:
+    """Return the largest share of the chosen pairs that an expert has in a pass."""
+    layer, expert = update.partition("/")[2].rsplit("/", 1)
+    shares = (
+        value
+        for name, value in step.values.items()
+        if name.startswith(f"load/{layer}/") and name.endswith(f"/{expert}")
+    )
+    return max(shares, default=0.0)

@@ -12,6 +12,8 @@ A quantity is named KIND/PLACE. Kinds and places:
                                     of them
     attention_logit, router_logit   the largest in the forward passes             a layer and a pass
     output_logit                    largest |logsumexp of the output logits|      a term
+    expert_update                   change of an expert's weights, as a share of  a layer and an expert
+                                    the median of its layer
     load                            share of the chosen pairs                     a layer, a pass and an expert
     learning_rate, loss_scale       in force in the step                          no place
     skipped                         1 if the step was not taken                   no place
@@ -40,7 +42,7 @@ class Event(msgspec.Struct, frozen=True):
     step: int
     """Optimiser step, from 1."""
     kind: str
-    """spike, not finite, skipped, rollback, diverged or exception."""
+    """spike, not finite, frozen expert, skipped, rollback, diverged or exception."""
     detail: str = ""
 
 

@@ -81,4 +81,4 @@ def test_a_calm_recording_shows_no_sign() -> None:
 def test_each_row_names_an_option_and_a_source() -> None:
     for illness in ILLNESSES:
         assert illness.switch_on and illness.source, illness.name
-    assert len({illness.name for illness in ILLNESSES}) == len(ILLNESSES) == 12
+    assert len({illness.name for illness in ILLNESSES}) == len(ILLNESSES) == 13

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from lightning_moevlm.study.forensics.watch import Watch
+from lightning_moevlm.study.forensics.watch import STILL_STEPS, Watch
 from lightning_moevlm.tracking.recordings.recording import RecordedStep
 
 
@@ -78,3 +78,37 @@ def test_batches_of_one_modality_have_a_past_of_their_own() -> None:
 def test_a_skipped_step_is_declared() -> None:
     (event,) = Watch(None).judge(RecordedStep(4, {"total_loss": 1.0, "skipped": 1.0}, {})).events
     assert (event.step, event.kind) == (4, "skipped")
+
+
+def fed(step: int, updates: list[float], shares: list[float]) -> RecordedStep:
+    """A step of a layer of four experts."""
+    layer = "backbone.blocks.1.ffn.image"
+    values = {f"expert_update/{layer}/expert{e}": value for e, value in enumerate(updates)}
+    values |= {f"load/{layer}/image/expert{e}": value for e, value in enumerate(shares)}
+    return RecordedStep(step, {"total_loss": 1.0, "loss/text": 1.0, **values}, {})
+
+
+def frozen_at(updates: list[float], shares: list[float], steps: int = 12) -> list[tuple[int, str]]:
+    watch = Watch(6.0)
+    found = [event for step in range(1, steps + 1) for event in watch.judge(fed(step, updates, shares)).events]
+    return [(event.step, event.detail) for event in found if event.kind == "frozen expert"]
+
+
+def test_an_expert_with_tokens_and_without_updates_is_declared_once() -> None:
+    ((step, detail),) = frozen_at([1.0, 1.1, 0.009, 0.9], [0.3, 0.3, 0.1, 0.3])
+    assert step == STILL_STEPS and detail.startswith("backbone.blocks.1.ffn.image/expert2: chosen by tokens")
+    assert frozen_at([1.0, 1.1, 0.011, 0.9], [0.3, 0.3, 0.1, 0.3]) == []  # it learns, slowly
+    assert (
+        frozen_at([1.0, 1.1, 0.0, 0.9], [0.3, 0.3, 0.06, 0.34]) == []
+    )  # less than a quarter of 1 / 4: nothing to learn
+    assert frozen_at([1.0, 1.1, 0.0, 0.9], [0.3, 0.3, 0.1, 0.3], steps=STILL_STEPS - 1) == []
+
+
+def test_steps_without_updates_of_experts_are_left_out_of_the_count() -> None:
+    """As after a skipped step, in which no expert moves and none is measured."""
+    watch, still, shares = Watch(6.0), [1.0, 1.1, 0.0, 0.9], [0.3, 0.3, 0.1, 0.3]
+    for step in range(1, STILL_STEPS):
+        assert not watch.judge(fed(step, still, shares)).events
+    assert not watch.judge(fed(STILL_STEPS, [], [])).events
+    (event,) = watch.judge(fed(STILL_STEPS + 1, still, shares)).events
+    assert event.kind == "frozen expert"

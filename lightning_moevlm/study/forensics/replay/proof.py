@@ -101,7 +101,7 @@ def equal_steps(one: Sequence[RecordedStep], other: Sequence[RecordedStep], afte
 
 
 def _is_compared(name: str, is_first: bool) -> bool:
-    return not (is_first and split_quantity(name)[0] == "update_norm")
+    return not (is_first and split_quantity(name)[0] in ("update_norm", "expert_update"))
 
 
 def _are_equal(one: float | None, other: float | None) -> bool:

@@ -34,6 +34,7 @@ from lightning_moevlm.tracking.recordings.recording import (
 )
 from lightning_moevlm.tracking.write.run_logger import RunLogger
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
+from lightning_moevlm.training.callbacks.recording.expert_updates import ExpertUpdates, divide_by_median
 from lightning_moevlm.training.callbacks.recording.kept_checkpoint import keep_checkpoint_before
 from lightning_moevlm.training.callbacks.recording.layer_norms import LayerNorms
 from lightning_moevlm.training.callbacks.recording.step_values import (
@@ -107,13 +108,16 @@ class FlightRecorder(Callback):
         self.max_checkpoints = max_checkpoints
         self._is_on = False
         self._norms: LayerNorms | None = None
+        self._experts: ExpertUpdates | None = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin with an empty memory."""
         assert isinstance(pl_module, VisionLanguageModule)
         is_trial = bool(trainer.fast_dev_run)  # type: ignore[attr-defined]  # Lightning sets it without declaring it
         self._is_on = self.max_recordings > 0 and not is_trial
-        self._norms = None if isinstance(trainer.strategy, SHARDING) else LayerNorms(pl_module)
+        shards = isinstance(trainer.strategy, SHARDING)
+        self._norms = None if shards else LayerNorms(pl_module)
+        self._experts = None if shards else ExpertUpdates(pl_module)
         self._watch = Watch(self.threshold)
         self._ring = deque[RecordedStep](maxlen=self.keep)
         self._pending: list[_Pending] = []
@@ -205,6 +209,8 @@ class FlightRecorder(Callback):
             norms = self._norms
             parts.append(Values(norms.gradient_names, norms.gradient_norms(module.gradient_norms)))
             parts.append(Values(norms.update_names, norms.update_norms()))
+        if self._experts is not None:
+            parts.append(Values(self._experts.names, self._experts.measure()))
         if events is not None and events.skipped is not None:
             parts.append(Values(("skipped",), events.skipped.float().reshape(1)))
         scaler: torch.amp.GradScaler | None = getattr(trainer.precision_plugin, "scaler", None)
@@ -306,7 +312,7 @@ def _fetch(pending: Sequence[_Pending]) -> list[RecordedStep]:
     return [
         RecordedStep(
             one.step,
-            to_shares({name: next(numbers) for part in one.parts for name in part.names} | one.known),
+            divide_by_median(to_shares({name: next(numbers) for part in one.parts for name in part.names} | one.known)),
             one.keys,
         )
         for one in pending

@@ -1,13 +1,15 @@
-"""A burst of noise batches is found and explained from the recording alone."""
+"""Faults planted at a step that the seed draws are found and explained from the recording alone."""
 
 import random
 from pathlib import Path
 
 import pytest
 import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.study.forensics.explain import explain
+from lightning_moevlm.study.forensics.watch import STILL_STEPS
 from lightning_moevlm.tracking.recordings.recording import read_recording
 from lightning_moevlm.training.actions import Actions
 from lightning_moevlm.training.callbacks import FlightRecorder
@@ -47,3 +49,43 @@ def test_a_burst_of_noise_is_found(seed: int, tmp_path: Path) -> None:
     assert explanation.first is not None and explanation.first.step == planted
     assert explanation.first_term is not None
     assert explanation.diagnoses[0].illness.name == "a bad batch"
+
+
+class HoldExpert(Callback):
+    """Keeps the weights of one expert as they are from a step on."""
+
+    def __init__(self, layer: str, expert: int, from_step: int) -> None:
+        self.path, self.expert, self.from_step = layer, expert, from_step
+        self.held: list[torch.Tensor] = []
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        if trainer.global_step + 1 == self.from_step:
+            self.held = [stack[self.expert].clone() for stack in self._stacks(pl_module)]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: object) -> None:
+        for stack, held in zip(self._stacks(pl_module), self.held, strict=False):
+            stack[self.expert] = held
+
+    def _stacks(self, module: LightningModule) -> list[torch.Tensor]:
+        return [stack.detach() for stack in module.get_submodule(self.path).experts.stacks()]
+
+
+def test_a_frozen_expert_is_found(tmp_path: Path) -> None:
+    draw = random.Random(5)
+    planted, expert = draw.randrange(24, 34), draw.randrange(4)
+    layer = "backbone.blocks.1.ffn.text"
+    batches = [pair_batch(seed=step) for step in range(STEPS)]
+    hold, recorder = HoldExpert(layer, expert, planted), FlightRecorder(keep=64)
+    fit(tiny_module(Actions()), STEPS, batches=batches, callbacks=[hold, recorder], default_root_dir=tmp_path)
+    (file,) = (tmp_path / "recordings").iterdir()
+    recording = read_recording(file)
+    (event,) = recording.events
+    assert (event.kind, event.step) == ("frozen expert", planted + STILL_STEPS - 1)
+    assert event.detail.startswith(f"{layer}/expert{expert}: ")
+    before, since = recording.steps[planted - 2], recording.steps[planted - 1]
+    assert before.values[f"expert_update/{layer}/expert{expert}"] > 0.1
+    assert since.values[f"expert_update/{layer}/expert{expert}"] == 0.0
+    (explanation,) = explain(recording)
+    assert explanation.first is not None
+    assert (explanation.first.step, explanation.first.quantity) == (planted, f"expert_update/{layer}/expert{expert}")
+    assert explanation.diagnoses[0].illness.name == "an expert that does not learn"
