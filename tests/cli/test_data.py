@@ -125,7 +125,7 @@ def test_the_command_line_itself_and_a_killed_build(tmp_path: Path) -> None:
         "--out",
         str(tmp_path / "set"),
     ]
-    with subprocess.Popen([*command, "--num_samples", "200000"], stdout=subprocess.DEVNULL) as process:
+    with subprocess.Popen([*command, "--num_samples", "20000"], stdout=subprocess.DEVNULL) as process:
         deadline = time.monotonic() + 60
         while not list(tmp_path.glob(".set.building-*/train-*.tar")) and time.monotonic() < deadline:
             time.sleep(0.05)

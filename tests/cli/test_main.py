@@ -182,6 +182,7 @@ def test_unknown_option_names_the_nearest(moevlm: Moevlm) -> None:
     assert "load_balance" in moevlm("fit", *SMALL, "--model.losses.load_balanc=null", code=2)
 
 
+@pytest.mark.slow  # `test_mistakes_are_one_line_and_code_2` calls the same function in this process
 def test_no_traceback_from_the_real_process(workplace: Path) -> None:
     command = [
         sys.executable,

@@ -107,7 +107,7 @@ def send(number: signal.Signals, at_step: int, hook: str, patch: pytest.MonkeyPa
         (signal.SIGTERM, 3, "on_train_batch_end"),
         (signal.SIGINT, 2, "on_train_batch_end"),  # its validation is due
         (signal.SIGHUP, 4, "on_validation_start"),
-        (signal.SIGUSR1, 1, "on_train_batch_end"),
+        pytest.param(signal.SIGUSR1, 1, "on_train_batch_end", marks=pytest.mark.slow),  # as SIGTERM
     ],
 )
 @pytest.mark.usefixtures("handlers_restored")
@@ -172,7 +172,7 @@ def test_a_signal_in_the_last_step_lets_the_run_end(
     assert points(workplace) == whole
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 @pytest.mark.usefixtures("handlers_restored")
 def test_a_second_signal_ends_at_once_and_keeps_the_last_checkpoint(
     number: signal.Signals, moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch
@@ -208,6 +208,7 @@ def test_a_signal_while_a_checkpoint_is_saved_leaves_a_whole_one(
     assert not list(workplace.glob("runs/*/*/checkpoints/*.part"))
 
 
+@pytest.mark.slow  # the tests above get their signals in this process
 def test_a_preempted_process_without_validation_can_be_resumed(moevlm: Moevlm, workplace: Path) -> None:
     """The real process, with workers that read, and a real signal from outside."""
     arguments = (*SMALL, *budget(2000), "--trainer.limit_val_batches=0", "--data.num_workers=1")

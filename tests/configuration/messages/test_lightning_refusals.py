@@ -58,7 +58,17 @@ BEFORE_THE_RUN = {
 }
 
 
-@pytest.mark.parametrize("mistake", BEFORE_THE_RUN)
+TWICE = (
+    "a strategy by its class",
+    "a list of loggers without their packages",
+    "averaging without the epoch that it begins with",
+)
+
+
+@pytest.mark.parametrize(
+    "mistake",  # a second way to the same refusal is slow
+    [pytest.param(each, marks=pytest.mark.slow) if each in TWICE else each for each in BEFORE_THE_RUN],
+)
 def test_a_refusal_by_lightning_is_one_line_and_leaves_nothing(mistake: str, moevlm: Moevlm, workplace: Path) -> None:
     words, expected = BEFORE_THE_RUN[mistake]
     before = sorted(workplace.rglob("*"))

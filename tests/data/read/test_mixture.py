@@ -205,7 +205,7 @@ def _keys(data: ShardDataModule, num_batches: int) -> list[str]:
     return [key for batch in islice(_on_and_on(data.train_dataloader()), num_batches) for key in batch.keys]
 
 
-@pytest.mark.parametrize(("num_workers", "later"), [(0, 2), (1, 1), (2, 0)])
+@pytest.mark.parametrize(("num_workers", "later"), [(0, 2), pytest.param(1, 1, marks=pytest.mark.slow), (2, 0)])
 def test_the_next_thousand_keys_after_a_resume(
     uninterrupted: tuple[dict[str, Source | None], list[str]], num_workers: int, later: int
 ) -> None:

@@ -68,7 +68,14 @@ def assert_the_same(dispatcher: Dispatcher, capacity: Capacity | None, training:
             torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-3 * float(one.abs().max()))
 
 
-@pytest.mark.parametrize("name", DISPATCHERS)
+@pytest.mark.parametrize(
+    "name",
+    # `auto` runs segments or the loop here, and `padded, fixed` is `padded` with one number given
+    [
+        pytest.param(name, marks=pytest.mark.slow) if name in ("segments", "padded", "loop") else name
+        for name in DISPATCHERS
+    ],
+)
 def test_a_layer_is_one_graph_and_gives_the_same(name: str) -> None:
     results = []
     for compiled in (False, True):

@@ -220,7 +220,7 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     assert "training from step 0 " not in (first[0] / "log.txt").read_text().split("\n# ")[1]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP])
+@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])  # one handler
 def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, number):
     model = {"seconds_per_step": 0.3, "checkpoints": False}
     file = write_project(tmp_path, uri, {"seeds": [0]}, model)

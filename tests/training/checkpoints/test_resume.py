@@ -33,6 +33,9 @@ from tests.small_model import small_moma, small_vl_moe
 from tests.training.small_fit import tiny_module
 
 NUM_EPOCHS = 2
+IS_WHOLE = pytest.mark.parametrize(
+    "is_whole", [False, pytest.param(True, marks=pytest.mark.slow)], ids=["each moment once", "everywhere"]
+)
 
 
 @pytest.fixture(scope="module")
@@ -137,30 +140,34 @@ class Runs:
         trainer.fit(self._module(), data, ckpt_path=resume, weights_only=True)
         return witness, trainer
 
-    def resume_from_everywhere(self, folder: Path) -> set[str]:
+    def resume_from_everywhere(self, folder: Path, is_whole: bool = True) -> set[str]:
         """Compare with a run that nothing interrupts; returns the moments at which checkpoints were saved.
 
-        They are those of the first epochs, and those of runs that end after each micro-batch, done or asked to stop.
+        They are those of the first epochs, and those of runs that end after each micro-batch, done or asked to stop;
+        unless `is_whole`, the last of each moment in the last step of these epochs.
         """
         total = NUM_EPOCHS * self.num_batches // self.accumulate
         whole, trainer = self.run(total, SaveAlways(folder))
         assert len(whole.seen) == NUM_EPOCHS * self.num_batches
         first = range(1, (NUM_EPOCHS - 1) * self.num_batches + 1)
+        first = first if is_whole else first[-self.accumulate :]
         for count in first:
             done, before = whole.seen[count - 1][0], whole.seen[count - 2][0] if count > 1 else 0
             moment = "amid-end" if done == before else "end"
             ended = self.run(done + 1, StopAfter(count)) if moment == "amid-end" else self.run(done)
             ended[1].save_checkpoint(folder / f"{moment}-{count}.ckpt")
-        moments = set()
-        for path in sorted(folder.glob("*.ckpt")):
+        saved: dict[str, list[int]] = {}
+        for path in folder.glob("*.ckpt"):
             moment, _, count = path.stem.rpartition("-")
             if int(count) in first:
-                resumed, again = self.run(total, resume=path)
-                assert resumed.seen == whole.seen[int(count) :], path.stem
+                saved.setdefault(moment, []).append(int(count))
+        for moment, counts in saved.items():
+            for count in sorted(counts) if is_whole else [max(counts)]:
+                resumed, again = self.run(total, resume=folder / f"{moment}-{count}.ckpt")
+                assert resumed.seen == whole.seen[count:], (moment, count)
                 for name, value in trainer.lightning_module.state_dict().items():
-                    assert torch.equal(value, again.lightning_module.state_dict()[name]), (path.stem, name)
-                moments.add(moment)
-        return moments
+                    assert torch.equal(value, again.lightning_module.state_dict()[name]), (moment, count, name)
+        return set(saved)
 
 
 def remembering_module() -> VisionLanguageModule:
@@ -209,15 +216,18 @@ def test_resumed_equals_uninterrupted(
     assert moments == expected
 
 
-def test_all_that_a_step_gathers_is_resumed(shards: Path, tmp_path: Path) -> None:
-    moments = Runs(shards, 2, 4, validate_every=1, module=remembering_module).resume_from_everywhere(tmp_path)
+@IS_WHOLE
+def test_all_that_a_step_gathers_is_resumed(shards: Path, tmp_path: Path, is_whole: bool) -> None:
+    runs = Runs(shards, 2, 4, validate_every=1, module=remembering_module)
+    moments = runs.resume_from_everywhere(tmp_path, is_whole)
     assert moments == {"amid", "amid-validation", "amid-end", "step", "validation", "epoch", "end"}
 
 
-def test_steps_are_equal_over_the_ends_of_epochs_and_resumed(shards: Path, tmp_path: Path) -> None:
+@IS_WHOLE
+def test_steps_are_equal_over_the_ends_of_epochs_and_resumed(shards: Path, tmp_path: Path, is_whole: bool) -> None:
     # 34 samples in batches of 4: 8 of them, which 3 per step do not divide; an epoch of the trainer has 2 steps
     runs = Runs(shards, 3, 6, limited=False)
-    assert runs.resume_from_everywhere(tmp_path) == {"amid", "amid-end", "step", "epoch", "end"}
+    assert runs.resume_from_everywhere(tmp_path, is_whole) == {"amid", "amid-end", "step", "epoch", "end"}
     whole, _ = runs.run(8)  # 24 batches: three times through the data
     num_samples: Counter[int] = Counter()
     for done, number, _, keys, _ in whole.seen:

@@ -9,6 +9,7 @@ import re
 import numpy as np
 import pytest
 import yaml
+from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image
 
@@ -348,9 +349,9 @@ def test_long_names_stay_apart_and_within(tmp_path, monkeypatch):
 
     figures = []
     monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figure.draw_without_rendering())
     names = [each.name for each in draw_all(to_result(tmp_path, {"arms": arms}, series))]
     for name, figure in zip(names, figures, strict=True):
-        figure.draw_without_rendering()  # the PNG had another resolution
         page = figure.bbox
         titles = [axes.title.get_window_extent() for axes in figure.axes if axes.get_title()]
         labels = [text for axes in figure.axes for text in (axes.xaxis.label, axes.yaxis.label) if text.get_text()]
