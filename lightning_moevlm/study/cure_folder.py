@@ -111,13 +111,14 @@ def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console
 def collect(cures: CureFolder, make: Builders) -> tuple["Matrix", tuple[Plan, ...]]:
     """Return the matrix of what has run, and the studies that repeat its strongest cells, if it is complete."""
     from lightning_moevlm.study.matrix.judge_matrix import make_matrix
+    from lightning_moevlm.study.matrix.strongest import FRESH
 
     rows = [_collect_row(planned) for planned in cures.plans]
     first = make_matrix(cures.name, cures.folder, rows, {})
     if first.missing:
         return first, ()
     repetitions = _plan_repetitions(cures, first, make)
-    fresh = {planned.study.file.stem: _collect_row(planned) for planned in repetitions}
+    fresh = {planned.comparison.name.removesuffix(FRESH): _collect_row(planned) for planned in repetitions}
     return make_matrix(cures.name, cures.folder, rows, fresh), repetitions
 
 

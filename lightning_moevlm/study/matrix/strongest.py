@@ -38,7 +38,8 @@ def repeat(study: Study, arms: tuple[str, ...]) -> Study:
         arms=kept,
         seeds=design.cure_study.fresh_seeds,
     )
-    return dataclasses.replace(study, comparison=comparison)
+    # the command that resumes it takes the folder
+    return dataclasses.replace(study, comparison=comparison, file=study.file.parent)
 
 
 def _strength(cell: Cell) -> float:
