@@ -1,13 +1,13 @@
 """Makes a row of the matrix from the runs of one cure study, each cell as a single comparison."""
 
-import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import replace
 
 from lightning_moevlm.study.compare.collect_results import measure_throughput
-from lightning_moevlm.study.compare.results import RunResult, make_rule, peak_memory_of_run
-from lightning_moevlm.study.declare.comparison import Arm, Comparison, Primary
+from lightning_moevlm.study.compare.judged_runs import judge_learned
+from lightning_moevlm.study.compare.results import RunResult, make_rule, peak_memory_of_run, read_finals
+from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.declare.designs.cures import HEALTHY, ILLNESS, SICK
 from lightning_moevlm.study.declare.factors import ON
 from lightning_moevlm.study.matrix.records import Cell, CellKind, Row, SideEffect
@@ -17,7 +17,7 @@ from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.cures.cure_effect import judge_cell
 from lightning_moevlm.study.statistics.cures.damage import judge_damage
 from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS
-from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival
+from lightning_moevlm.study.statistics.outcomes.survival import Survival
 from lightning_moevlm.study.statistics.verdict import Rule
 from lightning_moevlm.tracking.read.series import Series
 
@@ -32,6 +32,7 @@ def collect_row(study: Comparison, results: Runs) -> Row:
         study: Arms, seeds and rules; its design is `cures`.
         results: Every run, at most one per arm and seed.
     """
+    results, _ = judge_learned(study, results)  # what cannot be judged yet lacks healthy runs: no cell is judged
     by_arm = {arm.name: [run for run in results if run.arm == arm.name] for arm in study.arms}
     rule = replace(make_rule(study), correction="holm")
     finals = {name: read_finals(runs, study.primary) for name, runs in by_arm.items()}
@@ -76,21 +77,6 @@ def collect_row(study: Comparison, results: Runs) -> Row:
         side_effects=tuple(side_effects),
         missing=shared,
     )
-
-
-def read_finals(runs: Runs, primary: Primary) -> dict[int, Final]:
-    """Return the last value of the primary metric by seed; a failed run has the value of its untrained model."""
-    finals = {}
-    for run in runs:
-        if not run.state.status.has_result:
-            continue
-        failed = run.state.status is Status.DIVERGED
-        last, untrained = run.last(primary.metric), run.first(primary.metric)
-        if failed and untrained is not None and math.isfinite(untrained):
-            last = untrained
-        if last is not None and math.isfinite(last):
-            finals[run.seed] = Final(last, failed)
-    return finals
 
 
 def name_missing(runs: Runs) -> tuple[str, ...]:

@@ -83,8 +83,8 @@ def illness_table(matrix: Matrix) -> Table:
         ("illness", "damage", "proof", "p", "healthy stable", "sick stable", "signs and notes"),
         rows,
         (
-            f"Damage: sick minus healthy in {titles}, paired by seed, with its interval. A failed run has its "
-            "untrained model's value.",
+            f"Damage: sick minus healthy in {titles}, paired by seed, with its interval. A failed run "
+            "counts with its last value, but with none worse than its untrained model's.",
             "A sign leads if it left the range of the healthy runs, in all sick runs and for good, before the loss.",
             FAMILIES,
         ),

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.study.matrix.collect_row import read_finals
+from lightning_moevlm.study.compare.results import read_finals
 from lightning_moevlm.study.matrix.judge_matrix import make_matrix
 from lightning_moevlm.study.matrix.records import Matrix, Row
 from lightning_moevlm.study.matrix.strongest import find_strongest, repeat
@@ -108,6 +108,17 @@ def test_failed_runs_count_as_untrained(row, tmp_path: Path) -> None:
     plan = plan_of(tmp_path / "fever.yaml")
     runs = [run for run in results_of(plan, lambda arm, seed: math.inf) if run.arm == "sick"]
     assert {final.value for final in read_finals(runs, plan.comparison.primary).values()} == {UNTRAINED}
+
+
+def test_a_run_that_did_not_learn_is_a_failed_one(tmp_path: Path) -> None:
+    rule = {"share_of_healthy": 0.8}  # 9 to 3 is healthy progress; 6 is half of it
+    file = write_cures(tmp_path, "fever", ("warm", "clip"), did_not_learn=rule)
+    [fever] = matrix_of(row_of(file, loss_by_share(warm=1.0))).rows
+    assert fever.damage is not None
+    assert (fever.damage.healthy.stable, fever.damage.sick.stable) == (3, 0)
+    assert fever.damage.mean == pytest.approx(3.0, abs=0.02)  # with their own values, better than the untrained one
+    stable = {cell.label: cell.effect.stable for cell in fever.cells if cell.effect and cell.kind == "alone"}
+    assert stable == {"warm": 3, "clip": 0}
 
 
 def test_a_cure_that_two_studies_try_on_one_healthy_model_is_one_record(row) -> None:
