@@ -71,7 +71,7 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
             points = _spread(columns[name], _range, since)
             has_band = name == baseline or len(columns) <= _MANY_BANDS
             _draw(above, points, look[name], name, name == baseline, has_band)
-            _draw_failed(above, arm, metric, look[name], since)
+            _draw_failed(above, arm, metric, look[name], since, name if not points else "")
             _mark_ends(above, arm, metric, look[name], since)
         above.set_title("from the untrained model (first point)" if not since else "second half, enlarged", fontsize=10)
     for below, since in zip(grid[1] if apart else (), (0.0, half), strict=False):
@@ -164,14 +164,18 @@ def _draw(axes: Axes, points: list[Point], look: Look, name: str, is_baseline: b
         axes.fill_between(steps, low, high, color=look.colour, alpha=0.14, linewidth=0)
 
 
-def _draw_failed(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float) -> None:
-    """Draw each failed run as a thin line."""
+def _draw_failed(axes: Axes, arm: ArmResult, metric: str, look: Look, since: float, name: str) -> None:
+    """Draw each failed run as a thin line. name: for the legend, of an arm without a line of its mean; else empty."""
     for run in arm.runs:
         series = run.series.get(metric) if run.state.status.is_failed_result else None
         pairs = [(step, value) for step, value in zip(*series, strict=True) if step >= since] if series else []
         finite = [pair for pair in pairs if math.isfinite(pair[1])]
         if len(finite) > 1:
-            axes.plot(*zip(*finite, strict=True), color=look.colour, linewidth=0.9, linestyle=":", zorder=3)
+            label = f"{name} (every run failed)" if name else None
+            axes.plot(
+                *zip(*finite, strict=True), color=look.colour, linewidth=0.9, linestyle=":", zorder=3, label=label
+            )
+            name = ""
 
 
 def _marks(result: StudyResult) -> list[tuple[str, str]]:

@@ -339,6 +339,22 @@ def test_unfinished_runs_are_marked_in_every_figure(tmp_path, monkeypatch):
     assert marks == {"x": [0.0, 7.0], "|": [2.0, 9.0]}  # the last number, of the diverged run the first one
 
 
+@pytest.mark.usefixtures("unrendered")
+def test_runs_that_did_not_learn_are_lines_of_their_own(tmp_path, monkeypatch):
+    """Every run of `fast` ends far above the baseline's: no mean is drawn, and the legend names it all the same."""
+    study = FAST | {"did_not_learn": {"share_of_healthy": 0.8}}
+    result = to_result(tmp_path, study, lambda run: ended_at(5.0 if run.arm == "fast" else 3.0 + run.seed / 10))
+    figures = []
+    monkeypatch.setattr(drawing, "_render_svg", lambda figure: figures.append(figure) or b"<svg/>")
+    draw_curves(result)
+    lines = figures[0].axes[0].lines
+    assert sum(line.get_linestyle() == ":" for line in lines) == len(SEEDS)
+    assert sum(line.get_marker() == "*" for line in lines) == len(SEEDS)
+    told = [text.get_text() for text in figures[0].legends[0].get_texts()]
+    assert told == ["baseline", "fast (every run failed)", "a run did not learn"]
+    assert not any(arm.final for arm in result.arms if arm.arm.name == "fast")
+
+
 def test_long_names_stay_apart_and_within(tmp_path, monkeypatch):
     arms = {"baseline": None} | {
         f"expert_choice_with_capacity_per_modality_{i}": {"model.speed": i} for i in range(2, 21)
