@@ -160,12 +160,22 @@ class _Untold(NextToken):
 def test_unknown_heads_make_the_step_unknown() -> None:
     model = small_vl_moe(dispatcher=LoopDispatcher())
     parts: dict[str, type[Objective]] = {"masked": MaskedModelling, "next": _Untold}
-    answers = NextToken(model.spec, answers_only=True)  # their length is that of the data
-    for objective in (_Untold(model.spec), Joint(model.spec, parts), answers):
+    for objective in (_Untold(model.spec), Joint(model.spec, parts)):
         costs = compute_step_costs(model, objective, 2)
         assert costs.step is None and costs.activation_bytes is None
         values = {row.cost: row.value for row in list_costs(costs)}
         assert values["forward"] is None and values["forward, heads"] is None and values["one pass over a pair"] > 0
+
+
+def test_answers_of_one_token_are_counted_where_the_data_decide_their_length() -> None:
+    model = small_vl_moe(dispatcher=LoopDispatcher())
+    whole, answers = (
+        compute_step_costs(model, NextToken(model.spec, answers_only=only), 2).step for only in (None, True)
+    )
+    assert whole is not None and answers is not None
+    # of 8 tokens in a text 7 are predicted; of the answer and its [EOS] both
+    assert answers.heads == pytest.approx(whole.heads * 2 / 7)
+    assert answers.attention == whole.attention and answers.experts == whole.experts
 
 
 def test_more_pairs_cost_a_sample_as_much() -> None:

@@ -133,10 +133,19 @@ class NextToken(Objective):
             passes["pair" if name == "caption" else "text"] = size
         return BatchSize(predictions, passes)
 
+    def costs(self, backbone: Backbone, batch: Batch) -> Costs | None:
+        """Return the costs of a batch; texts without an answer, where one is predicted, end in one of one token.
+
+        Data decide how long answers are. Each token more costs one more of the text head, and nothing else.
+        """
+        if self.answers_only and batch.text_BL is not None and not bool((batch.text_BL[:, :-1] == EOS).any()):
+            text_BL = batch.text_BL.clone()
+            text_BL[:, -3] = EOS
+            batch = batch._replace(text_BL=text_BL)
+        return super().costs(backbone, batch)
+
     def head_costs(self, predictions: Mapping[str, int]) -> Costs | None:
-        """Those of the text head; unknown for answers of a batch that has none, because data decide their length."""
-        if self.answers_only and not any(predictions.values()):
-            return None
+        """Those of the text head."""
         return self.text_head.costs(sum(predictions.values()))
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:

@@ -136,7 +136,7 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
     return make_report(describe_origin(plan_of(folder / "tiny.yaml"), result), result)
 
 
-@pytest.fixture(scope="module", params=["as it is", "untrusted"])
+@pytest.fixture(scope="module")
 def address(request: Any, report: Report, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Where a server on loopback has the report and the page that looks into it."""
     folder = tmp_path_factory.mktemp("served") / "report"
@@ -160,7 +160,16 @@ def looked_at(address: str, scheme: str, folder: Path) -> tuple[list[dict[str, A
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(
+    ("address", "scheme"),
+    [
+        ("as it is", "light"),
+        ("as it is", "dark"),
+        ("untrusted", "light"),
+        pytest.param("untrusted", "dark", marks=pytest.mark.slow),  # a scheme changes colours alone
+    ],
+    indirect=["address"],
+)
 def test_page_in_a_browser(address: str, scheme: str, tmp_path: Path, report: Report) -> None:
     frames, errors = looked_at(address, scheme, tmp_path / "profile")
     assert "CONSOLE" not in errors, [line for line in errors.splitlines() if "CONSOLE" in line]
