@@ -247,7 +247,7 @@ def _parts() -> dict[str, list[type]]:
             SMEBU,
             TermWeights,
         ],
-        "optimizers": [AdamW, optim.Lion, optim.MuonAdamW, optim.StableAdamW, *_offered(Optimizer)],
+        "optimizers": [AdamW, optim.Hyperball, optim.Lion, optim.MuonAdamW, optim.StableAdamW, *_offered(Optimizer)],
         "stabilisers": [optim.AdaGC, optim.GradientStabilisers, optim.SkipSpikes, optim.ZClip],
         "schedules": _leaves(optim.WarmupSchedule),
         "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), *_offered(Callback)],

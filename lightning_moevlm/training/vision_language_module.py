@@ -20,7 +20,7 @@ from lightning_moevlm.contracts.step_records import BatchSize, LossReport, Named
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
-from lightning_moevlm.model.layers import find_evaluation_limits
+from lightning_moevlm.model.layers import find_evaluation_limits, joined_matrices
 from lightning_moevlm.model.losses import AuxiliaryLosses, LayerCounts, LossInput
 from lightning_moevlm.model.metrics import DropRates
 from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
@@ -295,7 +295,7 @@ class VisionLanguageModule(LightningModule):
 
     def build_optimizer(self) -> Optimizer:
         """Return a new optimiser over the parameter groups, each with its peak rate and decay."""
-        return build_optimizer(self.optimizer_factory, self.named_parameters(), self.groups)
+        return build_optimizer(self.optimizer_factory, self.named_parameters(), self.groups, joined_matrices(self))
 
     def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
         """Return the schedule of an optimiser for a run of `num_steps`; None without a schedule."""

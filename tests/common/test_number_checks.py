@@ -42,7 +42,7 @@ _PARTS: list[Callable[..., Any]] = [
     *(partial(ByOverflow, drop_rate=0.1), partial(Ramp, start=0.0, stop=1.0, num_steps=3)),
     *(FreezeRouter, QKClip, ReviveDeadExperts, Rollback),
     *(optim.AdaGC, optim.ZClip, optim.SkipSpikes, optim.GradientStabilisers, optim.GroupOptions),
-    *(partial(part, _PARAMETERS) for part in (optim.Lion, optim.MuonAdamW, optim.StableAdamW)),
+    *(partial(part, _PARAMETERS) for part in (optim.Hyperball, optim.Lion, optim.MuonAdamW, optim.StableAdamW)),
     *(
         partial(part, torch.optim.SGD(_PARAMETERS, lr=1.0), total_steps=10)
         for part in (optim.WarmupCosine, optim.WarmupLinear, optim.WarmupStableDecay, optim.RateJump)

@@ -16,6 +16,7 @@ from lightning_moevlm.training.optim import (
     AdaGC,
     GradientControl,
     GradientStabilisers,
+    Hyperball,
     Lion,
     MuonAdamW,
     SkipSpikes,
@@ -88,6 +89,11 @@ OPTIMIZERS = [
     pytest.param(partial(StableAdamW, lr=1e-2), id="StableAdamW"),
     pytest.param(partial(Lion, lr=1e-3), id="Lion"),
     pytest.param(partial(MuonAdamW, lr=1e-2), id="MuonAdamW"),
+    pytest.param(
+        partial(MuonAdamW, lr=1e-2, per_head=True, num_polishing=2, neuron_beta=0.95), id="MuonAdamW variants"
+    ),
+    pytest.param(partial(Hyperball, lr=1e-2, matrix_lr_multiplier=3.0), id="MuonH"),
+    pytest.param(partial(Hyperball, lr=1e-2, base="adam", matrix_lr_multiplier=3.0), id="AdamH"),
 ]
 STABILISERS = [
     GradientStabilisers(clip_norm=1.0),

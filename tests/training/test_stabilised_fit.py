@@ -60,8 +60,14 @@ def scheduled(name: str, **extra: object) -> str:
             "--model.groups.router_lr_multiplier=0.1",
             "--model.groups.independent_weight_decay=true",
         ),
+        (
+            f"--model.optimizer={OPTIM}.MuonAdamW",
+            "--model.optimizer.init_args={per_head: true, num_polishing: 2, neuron_beta: 0.95}",
+            "--model.gradient.skip_spikes.window=8",
+        ),
+        (f"--model.optimizer={OPTIM}.Hyperball", "--model.optimizer.init_args.base=adam"),
     ],
-    ids=["AdamW", "StableAdamW", "Lion", "MuonAdamW"],
+    ids=["AdamW", "StableAdamW", "Lion", "MuonAdamW", "Muon variants", "Hyperball"],
 )
 def test_every_optimiser_schedule_and_stabiliser_by_the_command_line(
     options: tuple[str, ...], moevlm: Moevlm, workplace: Path

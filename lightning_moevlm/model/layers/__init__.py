@@ -1,7 +1,7 @@
 """Feed-forwards (dense, MoE, multiway), attention, block: what models are arranged from."""
 
 from lightning_moevlm.model.initial_weights import defer_initialisation, initialise
-from lightning_moevlm.model.layers.attention import Attention, AttentionOutput, KeyValues
+from lightning_moevlm.model.layers.attention import Attention, AttentionOutput, KeyValues, joined_matrices
 from lightning_moevlm.model.layers.batch_dependence import batch_dependence, find_evaluation_limits
 from lightning_moevlm.model.layers.block import (
     Block,
@@ -57,6 +57,7 @@ __all__ = [
     "gated_parts",
     "idle_in_blocks",
     "initialise",
+    "joined_matrices",
     "make_norm",
     "name_layers",
     "normalise",

@@ -161,6 +161,15 @@ class Attention(Module):
         )
 
 
+def joined_matrices(model: nn.Module) -> dict[str, int]:
+    """Return the parameters that join matrices of heads, by full name, and how many: 3 H, one below the other."""
+    return {
+        f"{path}.query_key_value.weight".lstrip("."): 3 * module.num_heads
+        for path, module in model.named_modules()
+        if isinstance(module, Attention)
+    }
+
+
 def allowed_keys(layout: Layout) -> Tensor:
     """Return a bool mask, True where the query of the third axis may see the key of the fourth.
 

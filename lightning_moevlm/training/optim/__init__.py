@@ -6,6 +6,7 @@ from lightning_moevlm.training.optim.gradients.gradient_norms import GradientNor
 from lightning_moevlm.training.optim.gradients.gradient_stabilisers import GradientStabilisers
 from lightning_moevlm.training.optim.gradients.skip_spikes import SkipSpikes
 from lightning_moevlm.training.optim.gradients.z_clip import ZClip
+from lightning_moevlm.training.optim.optimizers.hyperball import Hyperball
 from lightning_moevlm.training.optim.optimizers.lion import Lion
 from lightning_moevlm.training.optim.optimizers.muon import MuonAdamW
 from lightning_moevlm.training.optim.optimizers.rounded_state import round_state
@@ -29,6 +30,7 @@ __all__ = [
     "GradientNorms",
     "GradientStabilisers",
     "GroupOptions",
+    "Hyperball",
     "Lion",
     "MuonAdamW",
     "ParameterGroup",

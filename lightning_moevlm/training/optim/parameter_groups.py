@@ -16,7 +16,7 @@ Every trainable parameter is in one group:
 Groups depend only on names, so a checkpoint can be resumed with other options.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NotRequired, TypedDict, get_args
 
@@ -26,6 +26,7 @@ from torch.optim import Adam, Optimizer
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.training.checks.optimizer_checks import FAILURES, refuse_invalid_options
+from lightning_moevlm.training.optim.optimizers.hyperball import Hyperball
 from lightning_moevlm.training.optim.optimizers.lion import Lion
 from lightning_moevlm.training.optim.optimizers.muon import MuonAdamW
 from lightning_moevlm.training.optim.optimizers.stable_adamw import StableAdamW
@@ -42,6 +43,8 @@ class ParameterGroup(TypedDict):
     """Read by rules per tensor and by optimisers that treat matrices differently."""
     weight_decay: NotRequired[float]
     """If missing, the optimiser's default."""
+    parts: NotRequired[list[int]]
+    """Of matrices: how many lie one below the other in each, 3 H in the queries, keys and values of H heads."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,7 @@ class GroupOptions:
         if self.independent_weight_decay and not _decays_weights(optimizer):
             raise UserError(
                 f"groups.independent_weight_decay does not fit {type(optimizer).__name__}, which adds decay to the "
-                "gradient: choose AdamW, StableAdamW, Lion or MuonAdamW, or set it to false"
+                "gradient: choose AdamW, StableAdamW, Lion, MuonAdamW or Hyperball, or set it to false"
             )
         multiplier = {"router": self.router_lr_multiplier, "expert": self.expert_lr_multiplier}
         for group in optimizer.param_groups:
@@ -90,29 +93,45 @@ class GroupOptions:
                 group["weight_decay"] /= group["lr"]
 
 
-def parameter_groups(named: Iterable[tuple[str, nn.Parameter]]) -> list[ParameterGroup]:
-    """Split trainable parameters by role; an empty group is left out."""
+def parameter_groups(
+    named: Iterable[tuple[str, nn.Parameter]], parts: Mapping[str, int] | None = None
+) -> list[ParameterGroup]:
+    """Split trainable parameters by role; an empty group is left out.
+
+    Args:
+        named: parameters by their full names.
+        parts: of a parameter that joins several matrices, how many; null knows of none.
+    """
     members: dict[Role, list[nn.Parameter]] = {role: [] for role in get_args(Role)}
+    counts: list[int] = []
     for name, parameter in named:
         if parameter.requires_grad:
-            members[role_of(name, parameter)].append(parameter)
+            role = role_of(name, parameter)
+            members[role].append(parameter)
+            if role == "matrix":
+                counts.append((parts or {}).get(name, 1))
     groups: list[ParameterGroup] = [{"params": params, "role": role} for role, params in members.items() if params]
     for group in groups:
         if group["role"] in ("vector", "router"):
             group["weight_decay"] = 0.0
+        if group["role"] == "matrix" and parts:
+            group["parts"] = counts
     return groups
 
 
 def build_optimizer(
-    factory: Callable[[Iterable], Optimizer], named: Iterable[tuple[str, nn.Parameter]], options: GroupOptions
+    factory: Callable[[Iterable], Optimizer],
+    named: Iterable[tuple[str, nn.Parameter]],
+    options: GroupOptions,
+    parts: Mapping[str, int] | None = None,
 ) -> Optimizer:
-    """Return a new optimiser over the parameter groups, each with its peak rate and decay.
+    """Return a new optimiser over the parameter groups, each with its peak rate and decay; parts: as of the groups.
 
     Raises:
         UserError: the optimiser refuses an option or a parameter, or cannot decay as the groups require.
     """
     try:
-        optimizer = factory(parameter_groups(named))
+        optimizer = factory(parameter_groups(named, parts))
     except FAILURES as error:
         raise UserError(
             f"model.optimizer cannot be built: {error}; change its options, or choose one of `moevlm list optimizers`, "
@@ -141,4 +160,4 @@ def _decays_weights(optimizer: Optimizer) -> bool:
     """Return whether the optimiser decays by p <- (1 - lr x weight_decay) p."""
     if isinstance(optimizer, Adam):
         return all(group["decoupled_weight_decay"] for group in optimizer.param_groups)  # AdamW is an Adam
-    return isinstance(optimizer, StableAdamW | Lion | MuonAdamW)
+    return isinstance(optimizer, StableAdamW | Lion | MuonAdamW | Hyperball)

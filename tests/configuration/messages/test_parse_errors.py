@@ -96,8 +96,12 @@ def resolver() -> ConfigResolver:
             "VLMOE",
             "model.backbone: there is no class VLMOE; did you mean VLMoE? choose LIM",
         ),
-        ("model.optimizer.class_path", "MuonAdam", "there is no class MuonAdam; did you mean MuonAdamW? choose Lion, "),
-        ("model.optimizer.class_path", "Adam_W", "there is no class Adam_W; did you mean AdamW? choose Lion, "),
+        (
+            "model.optimizer.class_path",
+            "MuonAdam",
+            "there is no class MuonAdam; did you mean MuonAdamW? choose Hyperball, ",
+        ),
+        ("model.optimizer.class_path", "Adam_W", "there is no class Adam_W; did you mean AdamW? choose Hyperball, "),
         ("model.schedule.class_path", "Cosine", "there is no class Cosine; did you mean WarmupCosine? choose Warmup"),
         (f"{ROUTER}.class_path", "TopK", "model.backbone.moe.router: there is no class TopK; did you mean TopKRouter?"),
         (

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.adamw import adamw
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
@@ -36,6 +37,48 @@ def create_state(optimizer: Optimizer, params: Iterable[Tensor], *names: str, co
             if counts_steps:
                 state["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
             state.update({name: torch.zeros_like(p) for name in names})
+
+
+def adamw_step(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
+    """Take a step of torch's AdamW on the parameters of a group that have a gradient."""
+    params, gradients = select_with_gradients(group)
+    if not params:
+        return
+    create_state(optimizer, params, "exp_avg", "exp_avg_sq", counts_steps=True)
+    adamw(
+        params,
+        gradients,
+        [optimizer.state[p]["exp_avg"] for p in params],
+        [optimizer.state[p]["exp_avg_sq"] for p in params],
+        [],
+        [optimizer.state[p]["step"] for p in params],
+        capturable=params[0].is_cuda,
+        amsgrad=False,
+        beta1=group["betas"][0],
+        beta2=group["betas"][1],
+        lr=group["lr"],
+        weight_decay=group["weight_decay"],
+        eps=group["eps"],
+        maximize=False,
+    )
+
+
+def adam_directions(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
+    """Move Adam's moments and return its directions, m / (sqrt(u) + eps), both bias-corrected."""
+    params, gradients = select_with_gradients(group)
+    if not params:
+        return []
+    create_state(optimizer, params, "exp_avg", "exp_avg_sq", counts_steps=True)
+    steps, means, squares = ([optimizer.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
+    beta1, beta2 = group["betas"]
+    torch._foreach_add_(steps, 1)
+    torch._foreach_lerp_(means, gradients, 1 - beta1)
+    torch._foreach_mul_(squares, beta2)
+    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+    return [
+        mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+        for step, mean, square in zip(steps, means, squares, strict=True)
+    ]
 
 
 def check_rates(lr: float, weight_decay: float, betas: tuple[float, float]) -> None:
