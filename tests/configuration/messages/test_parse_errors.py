@@ -54,8 +54,8 @@ def resolver() -> ConfigResolver:
         (
             "model.losses.load_balance",
             0.1,
-            "model.losses.load_balance: 0.1 is not a valid value; give a LoadBalance {weight, scope, per_modality} "
-            "or null",
+            "model.losses.load_balance: 0.1 is not a valid value; give a LoadBalance {weight, scope, per_modality, "
+            "only} or null",
         ),
         (
             "model.gradient",
@@ -78,7 +78,8 @@ def resolver() -> ConfigResolver:
         (
             "model.losses.load_balance.wieght",
             0.1,
-            "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope or",
+            "model.losses.load_balance: LoadBalance takes no 'wieght'; did you mean weight? it takes weight, scope, "
+            "per_modality or only",
         ),
         (
             "model.precision.router",
@@ -102,7 +103,11 @@ def resolver() -> ConfigResolver:
             "there is no class MuonAdam; did you mean MuonAdamW? choose Hyperball, ",
         ),
         ("model.optimizer.class_path", "Adam_W", "there is no class Adam_W; did you mean AdamW? choose Hyperball, "),
-        ("model.schedule.class_path", "Cosine", "there is no class Cosine; did you mean WarmupCosine? choose Warmup"),
+        (
+            "model.schedule.class_path",
+            "Cosine",
+            "there is no class Cosine; did you mean WarmupCosine? choose RateJump, Warmup",
+        ),
         (f"{ROUTER}.class_path", "TopK", "model.backbone.moe.router: there is no class TopK; did you mean TopKRouter?"),
         (
             f"{ROUTER}.init_args.topk",
