@@ -62,10 +62,13 @@ INTERFACES = {
         ("_foreach_add_", "_foreach_lerp", "_foreach_lerp_", "_foreach_mul_", "_foreach_sign_"), "torch"
     ),
     "training/optim/optimizers/muon.py": dict.fromkeys(("_foreach_lerp", "_foreach_lerp_", "_foreach_mul_"), "torch"),
+    "training/optim/optimizers/optimizer_step.py": dict.fromkeys(
+        ("_foreach_add_", "_foreach_addcmul_", "_foreach_lerp_", "_foreach_mul_"), "torch"
+    ),
     "training/optim/optimizers/stable_adamw.py": dict.fromkeys(
         (
-            *("_foreach_add_", "_foreach_addcmul_", "_foreach_clamp_min", "_foreach_div", "_foreach_div_"),
-            *("_foreach_lerp_", "_foreach_mul_", "_foreach_neg_", "_foreach_pow", "_foreach_sqrt_"),
+            *("_foreach_add_", "_foreach_clamp_min", "_foreach_div", "_foreach_div_"),
+            *("_foreach_neg_", "_foreach_pow", "_foreach_sqrt_"),
         ),
         "torch",
     ),

@@ -1,7 +1,7 @@
 """Code that all our optimisers share: the beginning of a step, and checks of options."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,21 +63,37 @@ def adamw_step(optimizer: Optimizer, group: Mapping[str, Any]) -> None:
     )
 
 
-def adam_directions(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
-    """Move Adam's moments and return its directions, m / (sqrt(u) + eps), both bias-corrected."""
+class AdamMoments(NamedTuple):
+    """The parameters of a group that have a gradient, with Adam's state, in one order."""
+
+    params: list[Tensor]
+    gradients: list[Tensor]
+    steps: list[Tensor]
+    means: list[Tensor]
+    squares: list[Tensor]
+
+
+def move_adam_moments(optimizer: Optimizer, group: Mapping[str, Any]) -> AdamMoments:
+    """Count a step and move both moments, which are not bias-corrected, to the gradient."""
     params, gradients = select_with_gradients(group)
-    if not params:
-        return []
     create_state(optimizer, params, "exp_avg", "exp_avg_sq", counts_steps=True)
     steps, means, squares = ([optimizer.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq"))
+    if params:
+        beta1, beta2 = group["betas"]
+        torch._foreach_add_(steps, 1)
+        torch._foreach_lerp_(means, gradients, 1 - beta1)
+        torch._foreach_mul_(squares, beta2)
+        torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
+    return AdamMoments(params, gradients, steps, means, squares)
+
+
+def adam_directions(optimizer: Optimizer, group: Mapping[str, Any]) -> list[Tensor]:
+    """Move Adam's moments and return its directions, m / (sqrt(u) + eps), both bias-corrected."""
+    moments = move_adam_moments(optimizer, group)
     beta1, beta2 = group["betas"]
-    torch._foreach_add_(steps, 1)
-    torch._foreach_lerp_(means, gradients, 1 - beta1)
-    torch._foreach_mul_(squares, beta2)
-    torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
     return [
         mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
-        for step, mean, square in zip(steps, means, squares, strict=True)
+        for step, mean, square in zip(moments.steps, moments.means, moments.squares, strict=True)
     ]
 
 

@@ -19,9 +19,8 @@ from torch.optim import Optimizer
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.training.optim.optimizers.optimizer_step import (
     check_rates,
-    create_state,
     evaluate,
-    select_with_gradients,
+    move_adam_moments,
 )
 from lightning_moevlm.training.optim.tensor_roles import is_stack, root_mean_squares
 
@@ -62,18 +61,10 @@ class StableAdamW(Optimizer):
         """Update every parameter that has a gradient."""
         loss = evaluate(closure)
         for group in self.param_groups:
-            params, gradients = select_with_gradients(group)
+            params, gradients, steps, means, squares = move_adam_moments(self, group)
             if not params:
                 continue
-            create_state(self, params, "exp_avg", "exp_avg_sq", counts_steps=True)
-            steps, means, squares = (
-                [self.state[p][name] for p in params] for name in ("step", "exp_avg", "exp_avg_sq")
-            )
             beta1, beta2 = group["betas"]
-            torch._foreach_add_(steps, 1)
-            torch._foreach_lerp_(means, gradients, 1 - beta1)
-            torch._foreach_mul_(squares, beta2)
-            torch._foreach_addcmul_(squares, gradients, gradients, 1 - beta2)
             roots = torch._foreach_div(squares, _bias_corrections(beta2, steps))
             torch._foreach_sqrt_(roots)
             relative = torch._foreach_div(gradients, torch._foreach_clamp_min(roots, group["eps"]))
