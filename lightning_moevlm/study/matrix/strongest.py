@@ -1,7 +1,7 @@
 """Chooses the strongest cells of the matrix, and makes the studies that repeat them on fresh seeds.
 
-A cell is as strong as the end of its interval that is nearer to 0: what it is shown to do at least. Cells of single
-cures and of combinations with a verdict (cures, helps, harms) compete.
+A cell is as strong as the end of its interval that is nearer to 0: what it is shown to do at least. The cells that the
+figure draws compete, single cures and all together, if their verdict is cures, helps or harms.
 """
 
 import dataclasses
@@ -20,7 +20,8 @@ _SHOWN = (CureVerdict.CURES, CureVerdict.HELPS, CureVerdict.HARMS)
 
 def find_strongest(matrix: Matrix, among: frozenset[str]) -> dict[str, tuple[str, ...]]:
     """Return the arms of the strongest cells by illness. among: illnesses whose studies have fresh seeds."""
-    cells = [(row.illness, cell) for row in matrix.rows if row.illness in among for cell in row.cells]
+    rows = [row for row in matrix.rows if row.illness in among]
+    cells = [(row.illness, cell) for row in rows for cell in row.cells if cell.kind in ("alone", "all")]
     shown = [(illness, cell) for illness, cell in cells if cell.effect and cell.effect.verdict in _SHOWN]
     best = sorted(shown, key=lambda pair: -_strength(pair[1]))[:NUM_CELLS]
     return {name: tuple(cell.arm for illness, cell in best if illness == name) for name, _ in best}
