@@ -82,6 +82,8 @@ class SigmoidBiasRouter(LinearRouter):
         if groups is not None:
             groups.check(num_experts, top_k)
         check_number("update_rate", update_rate, least=0, advice="; 1e-3 in the papers, 0 switches balancing off")
+        if target_k is not None:
+            check_number("target_k", target_k, above=0, below=top_k, advice=", the top_k")
         self.top_k = top_k
         self.renormalise = renormalise and top_k > 1
         self.update_rate = update_rate
@@ -109,16 +111,14 @@ class SigmoidBiasRouter(LinearRouter):
         """Leave the bias of the last experts alone.
 
         Raises:
-            UserError: target_k without free experts or not below top_k, or an update that knows no free experts.
+            UserError: target_k without free experts, or an update that knows no free experts.
         """
         super().set_free(num_free)
-        if self.target_k is not None:
-            if not num_free:
-                raise UserError(
-                    "router.target_k steers how many choices are not free, and no expert is: set moe.free, or "
-                    "router.target_k to null"
-                )
-            check_number("router.target_k", self.target_k, above=0, below=self.top_k, advice=", the top_k")
+        if self.target_k is not None and not num_free:
+            raise UserError(
+                "router.target_k steers how many choices are not free, and no expert is: set moe.free, or "
+                "router.target_k to null"
+            )
         if num_free and not isinstance(self.update, str):
             raise UserError(
                 f"router.update {type(self.update).__name__} makes the loads of all experts equal, free ones too: "
