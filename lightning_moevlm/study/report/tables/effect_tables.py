@@ -6,6 +6,7 @@ One builder serves the terminal, Markdown and HTML, so that they cannot say diff
 from collections import Counter
 
 from lightning_moevlm.common.durations import format_duration
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.contracts.metric_keys import find_trivial, is_of_validation, name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult, list_also, make_rule, mean_of
 from lightning_moevlm.study.declare.comparison import Correction, Test
@@ -178,11 +179,21 @@ def metrics_table(result: StudyResult) -> Table | None:
         "trivial: on the same samples, without a model: the best constant answer, a random ranking, another image's "
         "caption or token frequencies.",
         "untrained: validated before the first step, mean over the runs of all arms.",
+        *_notes_on_absent(result),
     )
     if len(result.arms) > _MOST_COLUMNS:
         rows = [("arm", *rows[0][1:]), *rows[1:]]
         rows = list(zip(*rows, strict=True))
     return Table("Metrics, mean ± standard deviation over runs that survived", rows[0], tuple(rows[1:]), notes)
+
+
+def _notes_on_absent(result: StudyResult) -> tuple[str, ...]:
+    """Return one note per further metric that no run has logged: most often its name is mistyped."""
+    logged = {key for arm in result.arms for run in arm.runs for key in run.series}
+    absent = (key for key in result.comparison.also if logged and key not in logged)
+    return tuple(
+        f"{key}: no run has logged it; {suggest(key, logged)}correct `also` in the study file." for key in absent
+    )
 
 
 def _last(arm: ArmResult, key: str | None) -> str:
