@@ -43,10 +43,9 @@ def test_a_row_per_metric_has_its_trivial_value_beside_the_arms(tmp_path):
 
 
 def test_a_metric_that_no_run_logs_is_told_with_the_nearest_name(tmp_path):
-    notes = metrics_table(compare(tmp_path, VQA | {"also": ["val/recall_at_1/image_to_txt", ALSO[1]]})).notes
-    assert notes[2:] == (
-        f"val/recall_at_1/image_to_txt: no run has logged it; did you mean {ALSO[0]!r}? correct `also` in the study file.",
-    )
+    wrong = "val/recall_at_1/image_to_txt"
+    notes = metrics_table(compare(tmp_path, VQA | {"also": [wrong, ALSO[1]]})).notes
+    assert notes[2:] == (f"{wrong}: no run has logged it; did you mean {ALSO[0]!r}? correct `also` in the study file.",)
 
 
 def test_many_arms_are_rows(tmp_path):
