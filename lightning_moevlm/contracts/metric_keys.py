@@ -54,11 +54,11 @@ TERM_WEIGHT = MetricKey("loss_weight/{term}", "weight of a loss term", "", "neit
 EVAL_TERM = MetricKey("{stage}_loss/{term}", "loss term on held-out data, raw", "unit of the term", "lower")
 ACCURACY = MetricKey("{stage}/accuracy_{term}", "accuracy of predicted classes", "fraction", "higher")
 MAJORITY_ACCURACY = MetricKey("{stage}/majority_{term}", "accuracy of the majority class", "fraction", "neither")
-RECALL = MetricKey("{stage}/recall_at_{k}/{direction}", "retrieval recall at k", "fraction", "higher")
+RECALL = MetricKey("{stage}/recall_at_{k}/{direction}", "retrieval recall", "fraction", "higher")
 CHANCE_RECALL = MetricKey(
     "{stage}/chance_recall_at_{k}/{direction}", "recall of a random ranking", "fraction", "neither"
 )
-VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy by kind of question", "fraction", "higher")
+VQA_ACCURACY = MetricKey("{stage}/vqa_accuracy/{kind}", "VQA accuracy", "fraction", "higher")
 VQA_MAJORITY = MetricKey(
     "{stage}/vqa_majority/{kind}", "VQA accuracy of the best constant answer", "fraction", "neither"
 )
@@ -209,10 +209,11 @@ def find_trivial(key: str) -> str | None:
 
 
 def name_and_unit(key: str) -> tuple[str, str]:
-    """Return a metric's declared title and unit; for other keys the key and no unit."""
+    """Return a metric's declared title, with what its braces stand for, and its unit; else the key and no unit."""
     metric = find_metric(key)
     if metric is None:
         return key, ""
     parts = metric.match(key) or {}
-    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.get("stage", ""), "")
-    return stage + metric.title, metric.unit
+    stage = {"val": "validation ", "train": "training ", "test": "test "}.get(parts.pop("stage", ""), "")
+    which = ", ".join(f"{part} {value}" if value.isdigit() else value for part, value in parts.items())
+    return stage + metric.title + (f" ({which})" if which else ""), metric.unit

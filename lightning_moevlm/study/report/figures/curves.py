@@ -20,6 +20,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
     ReportFigure,
+    axis_label,
     choose_looks,
     legend_columns,
     new_figure,
@@ -84,7 +85,7 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("optimiser steps")
-    grid[0][0].set_ylabel(f"{title}\n({unit})" if unit else title)
+    grid[0][0].set_ylabel(axis_label(title, unit))
     level = f"{100 * (1 - alpha):g} %"
     few = len(columns) <= _MANY_BANDS
     if apart:

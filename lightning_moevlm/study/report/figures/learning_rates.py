@@ -9,6 +9,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
     ReportFigure,
+    axis_label,
     choose_looks,
     new_figure,
     render_figure,
@@ -39,7 +40,7 @@ def draw_learning_rates(result: StudyResult) -> ReportFigure | None:
     axes.set_xticks(rates, [f"{rate:g}" for rate in rates], rotation=30 if len(rates) > 8 else 0)
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("learning rate")
-    axes.set_ylabel(f"final {title}\n({unit})" if unit else f"final {title}")
+    axes.set_ylabel(axis_label(f"final {title}", unit))
     axes.set_title(
         "mean ± deviation over seeds, failed runs capped; ring: best rate; cross at the top: a run failed", fontsize=10
     )

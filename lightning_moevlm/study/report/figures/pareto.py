@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from matplotlib.axes import Axes
+from matplotlib.ticker import EngFormatter
 
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, Mean, StudyResult, peak_memory_of, read_values
@@ -16,6 +17,7 @@ from lightning_moevlm.study.report.figures.report_figure import (
     INK,
     Look,
     ReportFigure,
+    axis_label,
     choose_looks,
     legend_columns,
     new_figure,
@@ -24,6 +26,8 @@ from lightning_moevlm.study.report.figures.report_figure import (
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count, format_mean
 from lightning_moevlm.study.statistics.effects import pair_differences
 from lightning_moevlm.study.statistics.intervals import interval_of
+
+_LARGE = 1e5  # from here on a cost is written with a prefix: 25 M
 
 
 class Cost(NamedTuple):
@@ -56,7 +60,7 @@ def draw_pareto(result: StudyResult) -> ReportFigure | None:
     panels = figure.subplots(1, len(drawn), sharey=True, squeeze=False)[0]
     for axes, cost in zip(panels, drawn, strict=True):
         _draw(axes, cost, finals, fronts[cost.name], look)
-    panels[0].set_ylabel(f"final {title}\n({unit})" if unit else f"final {title}")
+    panels[0].set_ylabel(axis_label(f"final {title}", unit))
     better = "lower" if result.comparison.primary.direction == "lower" else "higher"
     level = f"{100 * (1 - result.comparison.decide.alpha):g} %"
     caption = (
@@ -133,6 +137,8 @@ def _draw(axes: Axes, cost: Cost, finals: Mapping[str, Mean], front: tuple[str, 
         )  # fmt: skip
         if arm in front:
             axes.plot([spent.mean], [final.mean], "o", color=INK, markersize=15, markerfacecolor="none")
+    if max(spent.mean for spent in cost.by_arm.values()) >= _LARGE:
+        axes.xaxis.set_major_formatter(EngFormatter())
     axes.set_xlabel(f"{cost.name}\n({cost.unit})")
     axes.margins(x=0.12, y=0.12)
     axes.locator_params(axis="x", nbins=4)

@@ -25,6 +25,7 @@ WIDTH_INCHES = 8.0
 _DOTS_PER_INCH = 130
 LETTERS_OF_ROW = 28
 """Of an arm's name beside a row of a figure; a longer one is broken."""
+_LETTERS_UPRIGHT = 34  # of a label along an axis three inches high
 _LETTERS_BESIDE = 90  # of that size in a row of a figure
 _LETTERS_OF_MARK = 7  # so wide are a legend's line and the gaps around it
 # A page's colours. An SVG within a page takes its scheme from the page.
@@ -73,6 +74,11 @@ def legend_columns(names: Sequence[str]) -> int:
     """Return the number of columns that fit in a legend below a figure, at most 5."""
     longest = max(map(len, names), default=0)
     return max(1, min(5, len(names), _LETTERS_BESIDE // (longest + _LETTERS_OF_MARK)))
+
+
+def axis_label(title: str, unit: str) -> str:
+    """Return a label with its unit, broken so that an upright axis holds it."""
+    return wrap(title, _LETTERS_UPRIGHT) + (f"\n({unit})" if unit else "")
 
 
 def wrap(name: str, letters: int) -> str:
