@@ -13,7 +13,7 @@ from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.command_line import moevlm_arguments
 
 
-class InProcess(Engine):
+class _InProcess(Engine):  # private, so that no message of another test offers it as a choice
     """Runs a job when it is submitted.
 
     started: names of the jobs so far.
