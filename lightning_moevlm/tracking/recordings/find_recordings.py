@@ -91,6 +91,6 @@ def _some(folder: Path, run: str) -> tuple[Path, ...]:
 
 def _nothing(run: str) -> UserError:
     return UserError(
-        f"run {run} has no recording: no spike, loss that is not finite, skipped step, rollback or crash was seen, or "
-        "its flight recorder was off"
+        f"run {run} has no recording: no spike, loss that is not finite, frozen expert, skipped step, rollback or "
+        "crash was seen, or its flight recorder was off"
     )
