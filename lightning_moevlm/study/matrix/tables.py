@@ -47,7 +47,9 @@ def advice_table(matrix: Matrix) -> Table:
         for cell in ranked[:_MOST_ADVICE]:
             rows.append((signs, row.illness, cell.label, *_cost(matrix, cell), _how_sure(row, cell)))
         if not ranked:
-            rows.append((signs, row.illness, "nothing tried is shown to help", *3 * (NOTHING,), _how_sure(row, None)))
+            is_tried = any(cell.effect for cell in row.cells)
+            answer = "nothing tried is shown to help" if is_tried else "no cure has been tried yet"
+            rows.append((signs, row.illness, answer, *3 * (NOTHING,), _how_sure(row, None)))
     return Table(
         "From the sign to the cure",
         ("sign", "probable illness", "switch on", "side effect", "time", "memory", "damage undone, how sure"),
