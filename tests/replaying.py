@@ -13,7 +13,7 @@ from lightning_moevlm.study.run.processes.child_process import ProcessEnd
 from lightning_moevlm.study.run.processes.command_line import moevlm_arguments
 
 
-class _InProcess(Engine):  # private, so that no message of another test offers it as a choice
+class _InProcess(Engine):  # a private name, so that no message in another test offers it as a choice
     """Runs a job when it is submitted.
 
     started: names of the jobs so far.
@@ -51,3 +51,6 @@ class _InProcess(Engine):  # private, so that no message of another test offers 
 
     def close(self) -> None:
         pass
+
+
+InProcess = _InProcess

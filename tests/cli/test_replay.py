@@ -16,7 +16,7 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.tracking.read.runs import find_runs_anywhere
 from lightning_moevlm.training.callbacks import DivergenceGuard
 from tests.conftest import furnish
-from tests.replaying import _InProcess as InProcess
+from tests.replaying import InProcess
 from tests.small_run import SMALL, budget
 
 STEPS, VAL_EVERY = 46, 30
