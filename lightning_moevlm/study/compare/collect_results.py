@@ -5,12 +5,13 @@ Means are over runs that survived. In differences paired by seed, a failed run c
 """
 
 import math
-from collections.abc import Collection, Mapping, Sequence, Set
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
 
 from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.model_card import ModelCard
+from lightning_moevlm.study.compare.claims import judge_claims
 from lightning_moevlm.study.compare.fairness import Subject, find_differences
 from lightning_moevlm.study.compare.judged_runs import find_withdrawn, judge_learned, mark_stopped
 from lightning_moevlm.study.compare.results import (
@@ -19,6 +20,9 @@ from lightning_moevlm.study.compare.results import (
     Mean,
     RunResult,
     StudyResult,
+    count_lost,
+    count_status,
+    ended_seeds,
     list_also,
     make_rule,
     mean_of,
@@ -33,7 +37,6 @@ from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import ROLE, ROLE_ARM
 from lightning_moevlm.study.statistics.effects import (
     Effect,
-    Lost,
     check_guard,
     compare_paired,
     judge_family,
@@ -122,16 +125,18 @@ def compare_arms(study: Comparison, cards: Cards, results: Sequence[RunResult]) 
         _arm_result(study, cards, arm, by_arm[arm.name], base, judged.get(arm.name), equal.get(arm.name, {}))
         for arm in study.arms
     )
+    ladders = tuple(
+        _ladder(study, ladder, by_arm)
+        for ladder in find_ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
+    )
     return StudyResult(
         study,
         arms,
         unlike=find_differences([_subject(study, cards, r) for r in done]),
         budgets={budget.what: budget.spent for budget in budgets},
-        ladders=tuple(
-            _ladder(study, ladder, by_arm)
-            for ladder in find_ladders({arm: runs[0].resolved for arm, runs in by_arm.items() if runs})
-        ),
+        ladders=ladders,
         factors=_factors(study, rule, by_arm),
+        claims=judge_claims(study, by_arm, ladders),
         unjudged=unjudged,
     )
 
@@ -179,10 +184,10 @@ def _arm_result(
         equal=equal,
         samples_per_second=mean_of([measure_throughput(r) for r in done]),
         seconds=mean_of([r.state.seconds for r in done]),
-        finished=_count(runs, Status.FINISHED),
-        diverged=_count(runs, Status.DIVERGED),
-        not_learned=_count(runs, Status.DID_NOT_LEARN),
-        crashed=_count(runs, Status.FAILED),
+        finished=count_status(runs, Status.FINISHED),
+        diverged=count_status(runs, Status.DIVERGED),
+        not_learned=count_status(runs, Status.DID_NOT_LEARN),
+        crashed=count_status(runs, Status.FAILED),
         planned=len(runs),
     )
 
@@ -199,8 +204,8 @@ def _effect(study: Comparison, rule: Rule, runs: Sequence[RunResult], base: Sequ
         baseline=_values(theirs),
         seeds=study.seeds,
         rule=rule,
-        arm_lost=_lost(runs, mine, _ended(base)),
-        baseline_lost=_lost(base, theirs, _ended(runs)),
+        arm_lost=count_lost(runs, mine, ended_seeds(base)),
+        baseline_lost=count_lost(base, theirs, ended_seeds(runs)),
         guards=_guards(study, runs, base),
         arm_failed=_failed(mine),
         baseline_failed=_failed(theirs),
@@ -213,13 +218,13 @@ def _factors(study: Comparison, rule: Rule, by_arm: Mapping[str, Sequence[RunRes
     if crossing is None:
         return ()
     finals = {name: read_finals(runs, study.primary) for name, runs in by_arm.items()}
-    ended = set(study.seeds).intersection(*map(_ended, by_arm.values()))
+    ended = set(study.seeds).intersection(*map(ended_seeds, by_arm.values()))
     return factor_effects(
         {name: _values(own) for name, own in finals.items()},
         crossing,
         study.seeds,
         rule,
-        {name: _lost(runs, finals[name], ended) for name, runs in by_arm.items()},
+        {name: count_lost(runs, finals[name], ended) for name, runs in by_arm.items()},
         {name: _failed(own) for name, own in finals.items()},
     )
 
@@ -291,23 +296,24 @@ def _ladder(study: Comparison, ladder: Ladder, by_arm: Mapping[str, Sequence[Run
     primary = study.primary.metric
     done = {rate: {r.seed: r for r in by_arm[arm] if r.state.status.has_result} for rate, arm in ladder.rungs.items()}
     finals = {rate: read_finals(list(runs.values()), study.primary) for rate, runs in done.items()}
-    per_seed = []
+    per_seed: dict[int, float | None] = {}
     for seed in study.seeds:
         if study.primary.direction == "lower" and all(seed in runs for runs in done.values()):
             rungs = {rate: runs[seed] for rate, runs in done.items()}
             losses = {rate: finals[rate][seed].value if seed in finals[rate] else math.nan for rate in rungs}
-            per_seed.append(sensitivity(losses, _or_nan(next(iter(rungs.values())).first(primary))))
+            per_seed[seed] = sensitivity(losses, _or_nan(next(iter(rungs.values())).first(primary)))
     stable = {rate: sum(not r.state.status.is_failed_result for r in runs.values()) for rate, runs in done.items()}
     total = {rate: len(runs) for rate, runs in done.items()}
     return LadderResult(
         ladder,
-        mean_of(per_seed),
+        mean_of(list(per_seed.values())),
         {rate: mean_of([final.value for final in runs.values()]) for rate, runs in finals.items()},
         stable,
         total,
         # a rate whose runs all crashed, or are still to come, is unknown: what is stable ends below it
         largest_stable({rate: 0 < total[rate] == stable[rate] for rate in done}),
         {arm: seeds for rate, arm in ladder.rungs.items() if (seeds := _missing(study.seeds, done[rate]))},
+        {seed: value for seed, value in per_seed.items() if value is not None},
     )
 
 
@@ -317,25 +323,6 @@ def _missing(seeds: Sequence[int], having: Collection[int]) -> tuple[int, ...]:
 
 def _or_nan(value: float | None) -> float:
     return math.nan if value is None else value
-
-
-def _ended(results: Sequence[RunResult]) -> set[int]:
-    """Return the seeds of the runs that have a result or crashed."""
-    return {r.seed for r in results if r.state.status.has_result or r.state.status is Status.FAILED}
-
-
-def _lost(results: Sequence[RunResult], finals: Mapping[int, Final], paired: Set[int]) -> Lost:
-    """Return the runs that have no value to compare: crashed, or diverged beside an untrained model without one.
-
-    Args:
-        results: All runs of an arm.
-        finals: Those with a value.
-        paired: Seeds for which the other side has an ended run, too.
-    """
-    gone = [r for r in results if r.seed not in finals]
-    unpaired = [r for r in gone if r.seed not in paired]
-    counted = (_count(gone, Status.DIVERGED), _count(gone, Status.FAILED))
-    return Lost(*counted, unpaired=_count(unpaired, Status.DIVERGED) + _count(unpaired, Status.FAILED))
 
 
 def _survival(results: Sequence[RunResult]) -> dict[int, bool]:
@@ -360,7 +347,3 @@ def _by_term(results: Sequence[RunResult], family: metric_keys.MetricKey) -> dic
             if parts and parts["stage"] == "val":
                 terms.setdefault(parts["term"], []).append(result.last(key))
     return {term: mean for term, values in sorted(terms.items()) if (mean := mean_of(values))}
-
-
-def _count(results: Sequence[RunResult], status: Status) -> int:
-    return sum(r.state.status is status for r in results)

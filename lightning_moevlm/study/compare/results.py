@@ -2,16 +2,18 @@
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any, NamedTuple
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.model_card import ModelCard
 from lightning_moevlm.study.compare.fairness import Difference
+from lightning_moevlm.study.declare.claims import Claim
 from lightning_moevlm.study.declare.comparison import Arm, Comparison, Primary
 from lightning_moevlm.study.run.ledger import RunState, Status
-from lightning_moevlm.study.statistics.effects import Effect
+from lightning_moevlm.study.statistics.effects import Effect, Lost
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect
 from lightning_moevlm.study.statistics.lr_sensitivity import Ladder
 from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
@@ -131,6 +133,31 @@ class LadderResult:
     """The largest rate up to which every run of every seed was stable."""
     missing: Mapping[str, tuple[int, ...]]
     """Seeds of the study without a result, by arm; arms that have all are absent."""
+    by_seed: Mapping[int, float] = field(default_factory=dict)
+    """The sensitivity of each seed."""
+
+
+class Reproduction(StrEnum):
+    """What the runs say of a published claim."""
+
+    REPRODUCED = "reproduced"
+    NOT_SEEN = "not seen"  # neither shown nor refuted
+    REVERSED = "reversed"
+    NOT_RUN = "not run"
+
+
+@dataclass(frozen=True)
+class ClaimResult:
+    """One published claim, held against the runs."""
+
+    claim: Claim
+    verdict: Reproduction
+    effect: Effect
+    """The measure of the arm minus that of the other, paired by seed. Its own verdict reads lower values as better."""
+    mine: Mean | None
+    """The measure of the arm, over seeds that are compared."""
+    theirs: Mean | None
+    """The measure that it is compared with."""
 
 
 @dataclass(frozen=True)
@@ -147,6 +174,8 @@ class StudyResult:
     """Arms that differ in the learning rate alone."""
     factors: tuple[FactorEffect, ...] = ()
     """Main effects and interactions of a design that crosses factors."""
+    claims: tuple[ClaimResult, ...] = ()
+    """Published results that the study tests."""
     unjudged: tuple[str, ...] = ()
     """Runs for which the rule `did_not_learn` waits for the healthy arm, each with the reason."""
 
@@ -198,6 +227,30 @@ def read_values(runs: Sequence[RunResult], key: str) -> dict[int, float]:
     """Return the last value of a metric by seed, of the runs that survived and have logged it."""
     survived = [run for run in runs if run.state.status is Status.FINISHED]
     return {run.seed: value for run in survived if (value := run.last(key)) is not None}
+
+
+def ended_seeds(runs: Sequence[RunResult]) -> set[int]:
+    """Return the seeds of the runs that have a result or crashed."""
+    return {run.seed for run in runs if run.state.status.has_result or run.state.status is Status.FAILED}
+
+
+def count_status(runs: Sequence[RunResult], status: Status) -> int:
+    """Return the number of runs with a status."""
+    return sum(run.state.status is status for run in runs)
+
+
+def count_lost(runs: Sequence[RunResult], finals: Mapping[int, Final], paired: Set[int]) -> Lost:
+    """Return the runs that have no value to compare: crashed, or diverged beside an untrained model without one.
+
+    Args:
+        runs: All runs of an arm.
+        finals: Those with a value.
+        paired: Seeds for which the other side has an ended run, too.
+    """
+    gone = [run for run in runs if run.seed not in finals]
+    unpaired = [run for run in gone if run.seed not in paired]
+    counted = (count_status(gone, Status.DIVERGED), count_status(gone, Status.FAILED))
+    return Lost(*counted, unpaired=count_status(unpaired, Status.DIVERGED) + count_status(unpaired, Status.FAILED))
 
 
 def peak_memory_of_run(run: RunResult) -> float | None:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from lightning_moevlm.study.declare.claims import Claim
 from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc, kind
 from lightning_moevlm.study.declare.designs.design import Design
 from lightning_moevlm.study.declare.factors import FactorLevel
@@ -144,3 +145,4 @@ class Comparison:
     design: Design | None = None  # the design that made the arms; None if they were listed
     futility_stop: FutilityStop | None = None  # the rule that withdraws arms early
     did_not_learn: DidNotLearn | None = None  # None: a run that did not diverge has learned
+    claims: tuple[Claim, ...] = ()  # published results that the arms decide

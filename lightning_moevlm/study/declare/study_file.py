@@ -15,6 +15,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.declare.arm_changes import Change, lay_over, merge, read_changes
 from lightning_moevlm.study.declare.budget import Budget, check_budget
+from lightning_moevlm.study.declare.claims import read_claims
 from lightning_moevlm.study.declare.comparison import (
     Arm,
     Comparison,
@@ -98,6 +99,7 @@ def read_study(file: Path) -> Study:
         did_not_learn=None
         if keys.did_not_learn is None
         else read_did_not_learn(keys.did_not_learn, root.child("did_not_learn"), primary, baseline, arms, keys.budget),
+        claims=read_claims(keys.claims, tuple(arm.name for arm in arms), baseline, primary.metric),
     )
     return Study(
         comparison,

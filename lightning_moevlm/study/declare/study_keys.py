@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from lightning_moevlm.common.digest import DIGITS
 from lightning_moevlm.study.declare.budget import Budget
+from lightning_moevlm.study.declare.claims import ClaimKeys
 from lightning_moevlm.study.declare.comparison import Decision, Direction, FutilityStop, Solve
 from lightning_moevlm.study.declare.decode import Positive, Record, Whole, doc, kind
 from lightning_moevlm.study.declare.factors import Changes, Description, FactorKeys
@@ -208,6 +209,15 @@ class StudyFile(Record, frozen=True, kw_only=True):
             "none: a run that did not diverge has learned",
         ),
     ] = None
+    claims: Annotated[
+        YamlNode | None,
+        doc(
+            "Published results that the study tests: each is reproduced, not seen or reversed. Their keys are below.",
+            "[{says: The z-loss costs no quality., arm: no_router_z, expect: same, within: 0.05}]",
+            "list of mappings",
+            "none",
+        ),
+    ] = None
     futility_stop: Annotated[
         FutilityStop | None,
         doc("Withdraw arms that are far behind early. Its keys are below.", "{at_step: 30, worse_by: 0.5}", "mapping"),
@@ -227,6 +237,7 @@ RECORDS: dict[str, type[Record]] = {
     "guard[]": GuardKeys,
     "diverged": DivergedKeys,
     "did_not_learn": DidNotLearnKeys,
+    "claims[]": ClaimKeys,
     "futility_stop": FutilityStop,
     "decide": Decision,
 }

@@ -12,7 +12,12 @@ from lightning_moevlm.study.declare.yaml_nodes import YamlNode
 _SEEDS_END = 2**32  # what NumPy and Lightning take
 
 
-def _read_metric(node: YamlNode) -> str:
+def read_metric(node: YamlNode) -> str:
+    """Return the key of a metric.
+
+    Raises:
+        UserError: It is not declared.
+    """
     name = node.text()
     if metric_keys.find_metric(name) is None:
         # the usual values of the patterns are offered too, so that a slip in a real key finds the real key
@@ -41,6 +46,6 @@ def _read_seed(node: YamlNode) -> int:
     return seed
 
 
-Metric = Annotated[str, kind("metric, see `moevlm list metrics`", _read_metric)]
+Metric = Annotated[str, kind("metric, see `moevlm list metrics`", read_metric)]
 ConfigFile = Annotated[Path, kind("configuration file", _find_config)]
 Seed = Annotated[int, kind("whole number from 0 to 2**32 - 1", _read_seed)]

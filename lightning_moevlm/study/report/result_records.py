@@ -12,23 +12,25 @@ from typing import Any, Literal
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
 from lightning_moevlm.study.plan.solve_arms import list_solved
 
-Records = Literal["arms", "factors", "learning_rates", "fairness"]
+Records = Literal["arms", "factors", "learning_rates", "claims", "fairness"]
 RECORDS_FILES: dict[Records, str] = {
     "arms": "report.json",
     "factors": "factors.json",
     "learning_rates": "learning_rates.json",
+    "claims": "claims.json",
     "fairness": "fairness.json",
 }
 
 
 def make_records(result: StudyResult) -> dict[Records, list[dict[str, Any]]]:
-    """Return the records of each kind: arms, factors and interactions, ladders of learning rates, unlike runs."""
+    """Return the records of each kind: arms, factors and interactions, ladders, published claims, unlike runs."""
     study = {"study": result.comparison.name, "metric": result.comparison.primary.metric}
     solved = list_solved(result.comparison, {arm.arm.name: arm.card for arm in result.arms})
     return {
         "arms": [study | _arm_record(arm) | {"solved": to_json(solved.get(arm.arm.name))} for arm in result.arms],
         "factors": [study | {"name": one.name, "note": one.effect.note} | to_json(one) for one in result.factors],
         "learning_rates": [study | {"name": one.ladder.name} | to_json(one) for one in result.ladders],
+        "claims": [study | {"name": one.claim.name, "note": one.effect.note} | to_json(one) for one in result.claims],
         "fairness": [study | to_json(one) for one in result.unlike],
     }
 

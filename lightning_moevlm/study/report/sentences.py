@@ -3,6 +3,7 @@
 from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
 from lightning_moevlm.study.report.figures import MANY_ARMS
+from lightning_moevlm.study.report.tables.claims_table import describe_claims
 from lightning_moevlm.study.report.tables.table import format_interval, format_signed
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.factor_effects import FactorEffect
@@ -12,9 +13,13 @@ _FEW_FINDINGS = 6
 
 
 def describe_findings(result: StudyResult) -> tuple[str, ...]:
-    """Return one sentence per factor and interaction, else per arm; many inconclusive interactions are counted."""
+    """Return sentences on published claims, then one per factor and interaction, else per arm.
+
+    Many inconclusive interactions are counted.
+    """
+    claims = describe_claims(result)
     if not result.factors:
-        return tuple(describe_arm(result, arm) for arm in result.arms if arm.effect is not None)
+        return (*claims, *(describe_arm(result, arm) for arm in result.arms if arm.effect is not None))
     mains = [one for one in result.factors if len(one.contrasts) == 1]
     pairs = [one for one in result.factors if len(one.contrasts) > 1]
     decided = [one for one in pairs if one.effect.verdict is not Verdict.INCONCLUSIVE]
@@ -22,7 +27,7 @@ def describe_findings(result: StudyResult) -> tuple[str, ...]:
     sentences = [describe_factor(result, one) for one in (*mains, *shown)]
     if len(shown) < len(pairs):
         sentences.append(f"{len(pairs) - len(shown)} of {len(pairs)} interactions of two factors: inconclusive.")
-    return tuple(sentences)
+    return (*claims, *sentences)
 
 
 def describe_answer(result: StudyResult) -> tuple[str, ...]:

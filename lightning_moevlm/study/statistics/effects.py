@@ -170,7 +170,7 @@ def compare_paired(
     p_value = two_sided_p(rule.test, differences) if differences else None
     outside = None if rule.within is None or not differences else p_outside(rule.test, differences, rule.within)
     sign = -1.0 if rule.direction == "lower" else 1.0
-    return _judge(
+    return judge_alone(
         Effect(
             seeds=tuple(paired),
             left_out=left_out,
@@ -237,7 +237,7 @@ def judge_family(
     return {
         name: effect
         if name in absent
-        else _judge(dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]), rule)
+        else judge_alone(dataclasses.replace(effect, p_adjusted=plain[name], p_outside_adjusted=outside[name]), rule)
         for name, effect in effects.items()
     }
 
@@ -285,8 +285,8 @@ def pair_differences(
     return {s: d for s, d in paired.items() if math.isfinite(d)}
 
 
-def _judge(effect: Effect, rule: Rule) -> Effect:
-    """Return an effect with its verdict."""
+def judge_alone(effect: Effect, rule: Rule) -> Effect:
+    """Return an effect with its verdict, by the p values that it has; `judge_family` corrects them before."""
     if not effect.differences:
         return dataclasses.replace(effect, limit="no seed has a finite result in both arms")
     evidence = Evidence(

@@ -4,6 +4,7 @@ import pytest
 import yaml
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.study.declare.claims import LR_SENSITIVITY, Claim
 from lightning_moevlm.study.declare.comparison import Decision, DidNotLearn, Divergence, Guard, Primary
 from lightning_moevlm.study.declare.study_file import read_study
 from tests.study.refusals import assert_refused
@@ -106,6 +107,45 @@ def test_guard(write):
         Guard("val/accuracy_text", "higher", 0.01),  # the direction is declared in metric_keys.py
         Guard("val/majority_text", "lower", 0.0),
     )
+
+
+CLAIMS = """claims:
+- {says: No cost., arm: no_z, expect: same, within: 0.1}
+- {says: It is off., arm: hot, against: no_z, metric: learning_rate_sensitivity, expect: lower, control: true}
+- {says: Text first., arm: hot, metric: val/accuracy_text, against_metric: val/majority_text, expect: higher}
+"""
+
+
+def test_claims(write):
+    assert read_study(write(GOOD)).comparison.claims == ()
+    loss, accuracy = "val/task_loss", ("val/accuracy_text", "val/majority_text")
+    assert read_study(write(GOOD + CLAIMS)).comparison.claims == (
+        Claim("No cost.", "no_z", "baseline", loss, loss, "same", 0.1),
+        Claim("It is off.", "hot", "no_z", LR_SENSITIVITY, LR_SENSITIVITY, "lower", is_control=True),
+        Claim("Text first.", "hot", "baseline", *accuracy, "higher"),
+    )
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "line", "words"),
+    [
+        ("arm: no_z", "arm: nozz", 21, ["did you mean 'no_z'?", "allowed: baseline, no_z, hot"]),
+        ("arm: no_z", "arm: baseline", 21, ["val/task_loss of baseline is compared with itself"]),
+        ("expect: same", "expect: lower", 21, ["`within` goes with `expect: same` alone"]),
+        (", within: 0.1", "", 21, ["`expect: same` needs `within`"]),
+        ("metric: val/acc", "metric: val/ac", 23, ["unknown metric", "did you mean 'val/accuracy"]),
+        (
+            "against_metric: val/majority_text",
+            "against_metric: learning_rate_sensitivity",
+            23,
+            ["compared with itself alone"],
+        ),
+        ("control: true", "control: maybe", 22, ["expected a true | false, got"]),
+    ],
+)
+def test_claims_that_no_run_could_decide_are_refused(write, old, new, line, words):
+    assert old in CLAIMS
+    assert_refused(write(GOOD + CLAIMS.replace(old, new, 1)), line, words)
 
 
 def test_shipped_study_is_valid():

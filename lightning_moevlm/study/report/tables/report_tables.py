@@ -2,6 +2,7 @@
 
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.tables import effect_tables, stability_tables
+from lightning_moevlm.study.report.tables.claims_table import claims_table
 from lightning_moevlm.study.report.tables.costs_table import costs_table
 from lightning_moevlm.study.report.tables.receipts_table import receipts_table
 from lightning_moevlm.study.report.tables.table import Table
@@ -10,6 +11,7 @@ from lightning_moevlm.study.report.tables.table import Table
 def report_tables(result: StudyResult) -> tuple[Table, ...]:
     """Return every table of the report, in order."""
     tables = (
+        claims_table(result),
         effect_tables.factors_table(result),
         effect_tables.effects_table(result),
         effect_tables.learning_table(result),

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from lightning_moevlm.study.compare.results import Mean
+from lightning_moevlm.study.compare.results import Mean, Reproduction
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
 from lightning_moevlm.study.statistics.intervals import Interval
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -76,6 +76,9 @@ STYLES: dict[str, str] = {
     Verdict.NO_DIFFERENCE: "blue",
     Verdict.INCONCLUSIVE: "yellow",
     Verdict.STOPPED_EARLY: "yellow",
+    Reproduction.REPRODUCED: "green",
+    Reproduction.NOT_SEEN: "yellow",
+    Reproduction.REVERSED: "red",
     CureVerdict.CURES: "green",
     CureVerdict.HARMS: "red",
     CureVerdict.NONE: "blue",
