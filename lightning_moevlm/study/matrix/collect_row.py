@@ -10,13 +10,14 @@ from lightning_moevlm.study.compare.results import RunResult, make_rule, peak_me
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.declare.designs.cures import HEALTHY, ILLNESS, SICK
 from lightning_moevlm.study.declare.factors import ON
-from lightning_moevlm.study.matrix.records import Cell, CellKind, Row, SideEffect
+from lightning_moevlm.study.matrix.records import Cell, CellKind, Outcome, Row, SideEffect
 from lightning_moevlm.study.matrix.signs import find_lead
 from lightning_moevlm.study.plan.run_identity import compute_digest
 from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.cures.cure_effect import judge_cell
 from lightning_moevlm.study.statistics.cures.damage import judge_damage
-from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS
+from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_recovery
+from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS, recovery
 from lightning_moevlm.study.statistics.outcomes.survival import Survival
 from lightning_moevlm.study.statistics.verdict import Rule
 from lightning_moevlm.tracking.read.series import Series
@@ -50,7 +51,8 @@ def collect_row(study: Comparison, results: Runs) -> Row:
         if not shared and not missing[arm.name]:
             effect = judge_cell(finals[HEALTHY], finals[SICK], finals[arm.name], study.seeds, rule)
         kind = _kind(arm.name, cures)
-        cells.append(Cell(arm.name, kind, cures, _label(arm.name, kind, cures), effect, missing[arm.name]))
+        outcome = _outcome(study, by_arm[arm.name])
+        cells.append(Cell(arm.name, kind, cures, _label(arm.name, kind, cures), effect, outcome, missing[arm.name]))
     design = study.design
     assert design is not None and design.cure_study is not None, "a cure study"
     signs = () if shared else design.cure_study.signs
@@ -63,6 +65,9 @@ def collect_row(study: Comparison, results: Runs) -> Row:
         seeds=study.seeds,
         spends=study.spends,
         damage=None if shared else judge_damage(finals[HEALTHY], finals[SICK], study.seeds, rule),
+        healthy=_outcome(study, by_arm[HEALTHY]),
+        sick=_outcome(study, by_arm[SICK]),
+        claims=design.cure_study.claims,
         signs=tuple(
             find_lead(
                 sign,
@@ -94,11 +99,18 @@ def _side_effect(study: Comparison, rule: Rule, cure: str, healthy: Runs, cured:
         frozenset(compute_digest(run.resolved) for run in cured),
         (study.name,),
         None if missing else judge_damage(before, after, study.seeds, rule).effect,
-        Survival.of(after),
+        _outcome(study, cured),
         _relative([_seconds(run) for run in cured], [_seconds(run) for run in healthy]),
         _relative([peak_memory_of_run(run) for run in cured], [peak_memory_of_run(run) for run in healthy]),
         missing,
     )
+
+
+def _outcome(study: Comparison, runs: Runs) -> Outcome:
+    survival, alpha = Survival.of(read_finals(runs, study.primary)), study.decide.alpha
+    steps = [recovery(run.series.get(TRAIN_LOSS)) for run in runs if run.state.status.has_result]
+    is_known = any(one is not None for one in steps)
+    return Outcome(survival, survival.interval(alpha), summarise_recovery(steps, alpha), is_known)
 
 
 def _seconds(run: RunResult) -> float | None:

@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
 from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
-from lightning_moevlm.study.matrix.tables import share_table
+from lightning_moevlm.study.matrix.tables import CLAIMED, share_table
 from lightning_moevlm.study.matrix.texts import (
     UNPROVED,
     describe_cost,
@@ -55,7 +55,8 @@ def _draw(matrix: Matrix) -> ReportFigure:
         everything = next((cell for cell in row.cells if cell.kind == "all"), None)
         for column, cell in enumerate([*(alone.get(cure) for cure in matrix.cures), everything]):
             if cell is not None:
-                _draw_cell(axes, column, place, cell)
+                is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
+                _draw_cell(axes, column, place, cell, is_claimed)
     _draw_strip(axes, matrix, num_rows)
     _label(axes, matrix, columns)
     title = "Share of an illness's damage that each cure undoes"
@@ -83,8 +84,9 @@ def _label(axes: Axes, matrix: Matrix, columns: tuple[str, ...]) -> None:
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
-        "share of the damage undone, in % with its interval; k/n: stable runs, where some failed;\n"
-        "= and ≠: the verdict on fresh seeds agrees or differs; bold: the illness is proved",
+        "share of the damage undone, in % with its interval; k/n: stable runs, where some failed; "
+        f"{CLAIMED}: a source claims it;\n= and ≠: the verdict on fresh seeds agrees or differs; bold: the illness is "
+        "proved",
         fontsize=9,
     )
     for label, row in zip(axes.get_yticklabels(), matrix.rows, strict=False):
@@ -107,10 +109,13 @@ def _label_row(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _draw_cell(axes: Axes, column: int, place: int, cell: Cell) -> None:
+def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool) -> None:
     effect = cell.effect
     fill, ink = _PLAIN if effect is None else _FILL.get(effect.verdict, _PLAIN)
     _box(axes, column, place, 1.0, fill, dashed=effect is None)
+    if is_claimed:
+        mark = INK if effect is None else ink
+        axes.text(column + 0.46, place - 0.44, CLAIMED, ha="right", va="top", fontsize=9, color=mark)
     if effect is None:
         axes.text(column, place, "no runs", ha="center", va="center", fontsize=7, style="italic", color=INK)
         return

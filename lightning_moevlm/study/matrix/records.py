@@ -4,14 +4,29 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_moevlm.study.declare.designs.design import Claim
 from lightning_moevlm.study.matrix.signs import SignLead
 from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect
 from lightning_moevlm.study.statistics.cures.damage import Damage
 from lightning_moevlm.study.statistics.effects import Effect
+from lightning_moevlm.study.statistics.outcomes.arm_stability import Recovery
 from lightning_moevlm.study.statistics.outcomes.survival import Survival
 from lightning_moevlm.study.statistics.verdict import Rule
 
 CellKind = Literal["alone", "together", "all", "all_but"]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How the runs of one model went, of those with a result."""
+
+    survival: Survival
+    interval: tuple[float, float] | None
+    """Exact, of the share of runs that survive; None without runs."""
+    recovery: Recovery
+    """From spikes of the training loss."""
+    is_recovery_known: bool
+    """Whether a run has enough points to see a spike."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +41,8 @@ class Cell:
     """For people: `qk_norm`, `qk_norm + warmup`, `all`, `all but qk_norm`."""
     effect: CureEffect | None
     """None if runs of it, of the sick or of the healthy model are missing."""
+    outcome: Outcome
+    """Of the runs that it has."""
     missing: tuple[str, ...] = ()
     """Its runs without a result."""
     fresh: CureEffect | None = None
@@ -50,7 +67,7 @@ class SideEffect:
     studies: tuple[str, ...]
     effect: Effect | None
     """Cured minus healthy in the primary metric's unit; failed runs with capped values. None if runs are missing."""
-    survival: Survival
+    outcome: Outcome
     """Of the model with the cure."""
     time: float | None
     """Time of a step relative to the healthy model's, minus 1."""
@@ -75,7 +92,11 @@ class Row:
     """Budget of a run in words."""
     damage: Damage | None
     """None if runs of the sick or the healthy model are missing."""
+    healthy: Outcome
+    sick: Outcome
     signs: tuple[SignLead, ...]
+    claims: tuple[Claim, ...] | None
+    """Cures that a source names against it; None: the study does not say."""
     cells: tuple[Cell, ...]
     side_effects: tuple[SideEffect, ...]
     missing: tuple[str, ...]
@@ -85,6 +106,10 @@ class Row:
     def proved(self) -> bool:
         """Whether the illness has shown itself."""
         return self.damage is not None and self.damage.proved
+
+    def is_claimed(self, cure: str) -> bool:
+        """Whether a source names the cure against this illness."""
+        return any(claim.cure == cure for claim in self.claims or ())
 
     def alone(self) -> dict[str, Cell]:
         """Return the cells of single cures, by cure."""

@@ -10,14 +10,24 @@ from lightning_moevlm.study.matrix.texts import (
     describe_damage,
     describe_share,
     describe_side_effect,
+    describe_stable,
     find_side_effect,
 )
+from lightning_moevlm.study.report.tables.stability_tables import format_recovery
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_signed
 from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureVerdict
-from lightning_moevlm.study.statistics.outcomes.survival import Survival
 from lightning_moevlm.study.statistics.paired_tests import format_p
 
+CLAIMED = "†"
+"""Mark of a cell whose cure a source names against the illness."""
+
 _WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
+_SEEN: dict[CureVerdict, str] = {
+    CureVerdict.CURES: "seen",
+    CureVerdict.HELPS: "seen",
+    CureVerdict.NONE: "not seen",
+    CureVerdict.HARMS: "not seen",
+}
 _MOST_ADVICE = 4  # cures named for one illness
 
 
@@ -27,9 +37,11 @@ def all_tables(matrix: Matrix) -> tuple[Table, ...]:
         advice_table(matrix),
         illness_table(matrix),
         share_table(matrix),
+        claims_table(matrix),
         combination_table(matrix),
         side_effect_table(matrix),
         fresh_table(matrix),
+        stability_table(matrix),
         missing_table(matrix),
     )
     return tuple(table for table in tables if table.rows)
@@ -72,8 +84,8 @@ def illness_table(matrix: Matrix) -> Table:
             NOTHING
             if row.damage is None or row.damage.p_value is None
             else format_p(row.damage.p_value, row.rule.alpha),
-            _survival(row.damage.healthy if row.damage else None),
-            _survival(row.damage.sick if row.damage else None),
+            describe_stable(row.healthy),
+            describe_stable(row.sick),
             "; ".join([*(f"{sign.metric} {sign.text}" for sign in row.signs), *_notes(row)]) or NOTHING,
         )
         for row in matrix.rows
@@ -101,7 +113,7 @@ def share_table(matrix: Matrix) -> Table:
         alone = row.alone()
         everything = next((cell for cell in row.cells if cell.kind == "all"), None)
         cells = [*(alone.get(cure) for cure in matrix.cures), everything]
-        rows.append((row.illness, *(NOTHING if cell is None else describe_cell(cell) for cell in cells)))
+        rows.append((row.illness, *(NOTHING if cell is None else _mark_claim(row, cell) for cell in cells)))
     return Table(
         "Share of the damage undone by each cure",
         ("illness", *matrix.cures, "all"),
@@ -111,9 +123,58 @@ def share_table(matrix: Matrix) -> Table:
             "brackets Fieller's interval. No entry: not tried.",
             f"cures: {CURED:.0%} or more by estimate, and shown to exceed {HALF:.0%}; helps: shown to exceed 0; "
             f"harms: shown to be less than 0; none: shown to lie within ±{HALF:.0%}; unclear: none of these is shown.",
-            "3/3 stable: runs that neither diverged nor failed to learn by the study's rule. Named where some did.",
+            f"{CLAIMED}: a source names the cure against this illness; the table of claims has it.",
+            "2/3 stable: runs that neither diverged nor failed to learn by the study's rule, and the exact interval of "
+            "their share. Named where some failed.",
         ),
         figure="matrix",
+    )
+
+
+def claims_table(matrix: Matrix) -> Table:
+    """Return what is claimed of cures, beside what is shown."""
+    rows = []
+    for row in matrix.rows:
+        alone = row.alone()
+        for claim in row.claims or ():
+            effect = alone[claim.cure].effect
+            seen = "not run yet" if effect is None else _SEEN.get(effect.verdict, "not shown")
+            verdict = NOTHING if effect is None else str(effect.verdict)
+            rows.append((row.illness, claim.cure, claim.source, describe_share(effect), verdict, seen))
+    return Table(
+        "What is claimed, and what is seen",
+        ("illness", "cure", "claimed by", "share undone", "verdict", "claim"),
+        tuple(rows),
+        (
+            "seen: the cure is shown to work here. not seen: it is shown not to. not shown: neither is. A claim about "
+            "another size or task is not refuted by a small model.",
+        ),
+        essential=4,
+    )
+
+
+def stability_table(matrix: Matrix) -> Table:
+    """Return stable runs and recovery of every model, with intervals."""
+    rows = []
+    for row in matrix.rows:
+        models = [("healthy", row.healthy), ("sick", row.sick)]
+        models += [(f"sick + {cell.label}", cell.outcome) for cell in row.cells]
+        models += [(f"healthy + {one.cure}", one.outcome) for one in row.side_effects]
+        for model, outcome in models:
+            if outcome.survival.total:
+                recovery = format_recovery(outcome.recovery, outcome.is_recovery_known)
+                spiked = f"{outcome.recovery.spiked} of {outcome.survival.total}"
+                rows.append((row.illness, model, describe_stable(outcome), spiked, recovery))
+    return Table(
+        "Stable runs and time to recover",
+        ("illness", "model", "stable", "spiked", "recovery"),
+        tuple(rows),
+        (
+            "stable: runs that neither diverged nor failed to learn, of all with a result, and the exact interval of "
+            "their share (Clopper and Pearson).",
+            "spiked: runs with a spike of the training loss. recovery: optimiser steps until it is back, the longest "
+            "of each run; geometric mean over the runs that recovered, with its t interval.",
+        ),
     )
 
 
@@ -126,7 +187,7 @@ def combination_table(matrix: Matrix) -> Table:
             describe_share(cell.effect),
             str(cell.effect.verdict) if cell.effect else NOTHING,
             NOTHING if cell.effect is None or cell.effect.p_adjusted is None else f"{cell.effect.p_adjusted:.2g}",
-            _survival(cell.effect.survival if cell.effect else None),
+            describe_stable(cell.outcome),
             cell.effect.note if cell.effect else f"{len(cell.missing)} runs missing",
         )
         for row in matrix.rows
@@ -149,7 +210,7 @@ def side_effect_table(matrix: Matrix) -> Table:
             one.cure,
             describe_side_effect(one),
             str(one.effect.text) if one.effect else f"{len(one.missing)} runs missing",
-            _survival(one.survival),
+            describe_stable(one.outcome),
             describe_cost(one.time),
             describe_cost(one.memory),
             ", ".join(one.studies),
@@ -205,14 +266,15 @@ def missing_table(matrix: Matrix) -> Table:
     return Table("Missing runs", ("study", "runs", "arms (seeds)"), tuple(rows), essential=2)
 
 
+def _mark_claim(row: Row, cell: Cell) -> str:
+    is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
+    return f"{describe_cell(cell)} {CLAIMED}" if is_claimed else describe_cell(cell)
+
+
 def _notes(row: Row) -> tuple[str, ...]:
     if row.damage is None:
         return (f"{len(row.missing)} runs missing",)
     return (row.damage.note,) if row.damage.note else ()
-
-
-def _survival(survival: Survival | None) -> str:
-    return NOTHING if survival is None else f"{survival.stable}/{survival.total}"
 
 
 def _surest_first(cell: Cell) -> tuple[bool, float]:

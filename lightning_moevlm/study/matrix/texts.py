@@ -1,6 +1,6 @@
 """Words for numbers of the matrix."""
 
-from lightning_moevlm.study.matrix.records import Cell, Matrix, Row, SideEffect
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Outcome, Row, SideEffect
 from lightning_moevlm.study.report.tables.table import NOTHING, format_interval, format_signed
 from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict
 from lightning_moevlm.study.statistics.intervals import Interval
@@ -30,10 +30,18 @@ def describe_cell(cell: Cell) -> str:
     effect = cell.effect
     if effect is None:
         return f"missing: {len(cell.missing)} runs" if cell.missing else "missing: healthy or sick runs"
-    stable = "" if effect.stable == effect.total else f", {effect.stable}/{effect.total} stable"
+    stable = "" if effect.stable == effect.total else f", {describe_stable(cell.outcome)} stable"
     if effect.share is None:
         return f"{effect.verdict}{stable}"
     return f"{describe_share(effect)} {effect.verdict}{stable}"
+
+
+def describe_stable(outcome: Outcome) -> str:
+    """Return surviving runs of all runs, with the exact interval of their share."""
+    if outcome.interval is None:
+        return NOTHING
+    low, high = outcome.interval
+    return f"{outcome.survival.stable}/{outcome.survival.total} [{low:.2f}, {high:.2f}]"
 
 
 def describe_damage(row: Row) -> str:
@@ -62,26 +70,6 @@ def describe_rows(matrix: Matrix) -> tuple[str, ...]:
     return tuple(_describe_row(row) for row in matrix.rows)
 
 
-def describe_surprises(matrix: Matrix) -> tuple[str, ...]:
-    """Return sentences on cures that harm, and on cures that work together only."""
-    found = []
-    for row in matrix.rows:
-        alone = row.alone()
-        for cell in row.cells:
-            if cell.effect is None:
-                continue
-            if cell.effect.verdict is CureVerdict.HARMS:
-                found.append(f"{row.illness}: {cell.label} harms, {describe_share(cell.effect)} of the damage undone.")
-            parts = [alone[cure].effect for cure in cell.cures if cure in alone]
-            works = cell.effect.verdict in (CureVerdict.CURES, CureVerdict.HELPS)
-            if len(parts) > 1 and works and not any(part and part.verdict in _WORKS for part in parts):
-                found.append(
-                    f"{row.illness}: {cell.label} {cell.effect.verdict} ({describe_share(cell.effect)}), and no part "
-                    "of it is shown to do so alone."
-                )
-    return tuple(found) or ("No cure is shown to harm, and none to work together only.",)
-
-
 def describe_missing(matrix: Matrix) -> str:
     """Return a sentence on runs without a result; empty if all have one."""
     count = sum(map(len, matrix.missing.values()))
@@ -92,9 +80,6 @@ def describe_missing(matrix: Matrix) -> str:
 def find_side_effect(matrix: Matrix, cure: str) -> SideEffect | None:
     """Return the side effect of a cure on the healthy model that most studies share; None if it was not measured."""
     return max((one for one in matrix.side_effects if one.cure == cure), key=lambda one: len(one.studies), default=None)
-
-
-_WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
 
 
 def _describe_row(row: Row) -> str:

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from lightning_moevlm.study.matrix.figure import draw_matrix
 from lightning_moevlm.study.matrix.records import Matrix
+from lightning_moevlm.study.matrix.surprises import describe_surprises, find_surprises
 from lightning_moevlm.study.matrix.tables import all_tables, share_table
-from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows, describe_surprises
+from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
 from lightning_moevlm.study.report.make_report import PACKAGES
 from lightning_moevlm.study.report.mlflow_summary import log_to_summary
 from lightning_moevlm.study.report.render import render
@@ -39,7 +40,8 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
     page = render("matrix.html.j2", tables=[table for table in tables if table.title != drawn], **values)
     (beside / HTML_FILE).write_text(page, encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(render("matrix.md.j2", tables=tables, **values), encoding="utf-8")
-    (beside / JSON_FILE).write_text(json.dumps(to_json(matrix), indent=1) + "\n", encoding="utf-8")
+    record = to_json(matrix) | {"surprises": to_json(find_surprises(matrix))}
+    (beside / JSON_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     beside.replace(folder)
     return folder / HTML_FILE

@@ -103,8 +103,21 @@ def test_a_dose_is_over_the_files(write, tmp_path: Path) -> None:
     }
     design = study.comparison.design
     assert design is not None and design.cure_study is not None
-    assert design.cure_study == (("attention_logit_max/block0",), (8, 9))
+    assert design.cure_study == (("attention_logit_max/block0",), (8, 9), None)
     assert study.comparison.arms[1].description == "with the illness fever and second."
+
+
+def test_claims_name_their_sources(write) -> None:
+    def claims(text: str) -> object:
+        design = read_study(write(f"design: {{cures: {{illness: [fever.yaml], claims: {text}}}}}\n")).comparison.design
+        assert design is not None and design.cure_study is not None
+        return design.cure_study.claims
+
+    assert claims("{norm: 'a paper, section 2', warm: another}") == (
+        ("norm", "a paper, section 2"),
+        ("warm", "another"),
+    )
+    assert claims("{}") == ()
 
 
 def test_healthy_runs_are_the_same_in_every_study(write, tmp_path: Path) -> None:
@@ -138,6 +151,12 @@ def test_healthy_runs_are_the_same_in_every_study(write, tmp_path: Path) -> None
             10,
             ["got 'clip'", "allowed: warm"],
         ),
+        (
+            "design: {cures: {illness: [fever.yaml], claims: {wram: a paper}}}\n",
+            10,
+            ["no cure 'wram' is tried here", "did you mean 'warm'?", "warm, clip, norm"],
+        ),
+        ("design: {cures: {illness: [fever.yaml], claims: {warm: ''}}}\n", 10, ["claims.warm: expected a text"]),
         ("design: {cures: {illness: [fever.yaml], fresh_seeds: [1, 2]}}\n", 3, ["seed 1 is one of `fresh_seeds` too"]),
         ("design: {cures: {illness: [fever.yaml], dose: {trainer.max_steps: 3}}}\n", 10, ["set by budget.max_steps"]),
         (

@@ -11,10 +11,20 @@ from lightning_moevlm.study.compare.results import read_finals
 from lightning_moevlm.study.matrix.judge_matrix import make_matrix
 from lightning_moevlm.study.matrix.records import Matrix, Row
 from lightning_moevlm.study.matrix.strongest import find_strongest, repeat
-from lightning_moevlm.study.matrix.tables import all_tables, fresh_table, missing_table, share_table
-from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows, describe_surprises
+from lightning_moevlm.study.matrix.surprises import describe_surprises, find_surprises
+from lightning_moevlm.study.matrix.tables import (
+    all_tables,
+    claims_table,
+    fresh_table,
+    missing_table,
+    share_table,
+    stability_table,
+)
+from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
 from lightning_moevlm.study.matrix.write_matrix import write_matrix
+from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
+from lightning_moevlm.tracking.read.series import Series
 from tests.study.matrix.cure_runs import UNTRAINED, Final, loss_by_share, results_of, row_of, write_cures
 from tests.study.tiny_study import plan_of
 
@@ -155,15 +165,75 @@ def test_strongest_cells_are_repeated_on_fresh_seeds(row, tmp_path: Path) -> Non
 
 
 def test_surprises(row) -> None:
-    judged = matrix_of(row(loss_by_share(norm=-0.5, warm__clip=0.9), together=[["warm", "clip"]]))
+    claims = {"norm": "a paper", "clip": "another"}
+    final = loss_by_share(warm=1.0, norm=-0.5, pill__bath=0.9, healthy__warm=0.3)
+    names = ("warm", "clip", "norm", "pill", "bath")
+    judged = matrix_of(row(final, cures=names, together=[["pill", "bath"]], all=[], claims=claims))
+    found = [(one.kind, one.illness, one.cures) for one in find_surprises(judged)]
+    assert found == [
+        ("harms", "fever", "norm"),
+        ("together only", "fever", "pill + bath"),
+        ("unclaimed", "fever", "warm"),
+        ("claim not seen", "fever", "clip"),
+        ("claim not seen", "fever", "norm"),
+        ("side effect", "", "warm"),
+    ]
     told = describe_surprises(judged)
-    assert len(told) == 2
     assert told[0].startswith("fever: norm harms, -50 %")
-    assert told[1].startswith("fever: warm + clip cures (90 %") and told[1].endswith(
+    assert told[1].startswith("fever: pill + bath cures (90 %") and told[1].endswith(
         "no part of it is shown to do so alone."
     )
-    none = describe_surprises(matrix_of(row(loss_by_share(warm=1.0))))
-    assert none == ("No cure is shown to harm, and none to work together only.",)
+    assert "though no source names it" in told[2] and "is claimed to treat it, and is shown not to" in told[3]
+    assert told[5].startswith("warm harms the healthy model: +0.30")
+
+
+def test_a_matrix_without_surprises_says_so(row) -> None:
+    told = describe_surprises(matrix_of(row(loss_by_share(warm=1.0), claims={"warm": "a paper"})))
+    assert told == (
+        "No cure is shown to harm a sick model.",
+        "No cures are shown to work together only.",
+        "No cure is shown to work against an illness that it is not claimed to treat.",
+        "No claimed cure is shown to do nothing, or to harm.",
+        "No cure is shown to change a healthy model.",
+    )
+    silent = describe_surprises(matrix_of(row(loss_by_share(warm=1.0))))
+    assert silent[-1] == "Claims are not declared for fever."
+    assert "is not claimed to treat" in silent[2]  # what is not declared is no surprise
+
+
+def test_claims_stand_beside_what_is_seen(row) -> None:
+    claims = {"warm": "a paper", "norm": "another", "clip": "a third"}
+    judged = matrix_of(row(loss_by_share(warm=1.0, clip=0.6, norm=-0.5), claims=claims, on_healthy=[]))
+    assert [cells[1:3] + cells[4:] for cells in claims_table(judged).rows] == [
+        ("warm", "a paper", "cures", "seen"),
+        ("norm", "another", "harms", "not seen"),
+        ("clip", "a third", "helps", "seen"),
+    ]
+    marked = [cell.endswith("†") for cell in share_table(judged).rows[0][1:]]
+    assert marked == [True, True, True, False]  # `all` is not one cure
+    assert claims_table(matrix_of(row(loss_by_share(warm=1.0)))).rows == ()
+
+
+def test_stable_runs_and_recovery_have_intervals(row, tmp_path: Path) -> None:
+    def loss(run: PlannedRun) -> dict[str, Series]:
+        """Return a loss with a spike at step 20: the cured model is back after 2, 3 and 4 steps, others never."""
+        back = run.seed + 2 if run.arm == "sick__warm" else 99
+        values = [1.0 + 0.01 * (step % 2) for step in range(20)] + [9.0 if step < back else 1.0 for step in range(10)]
+        return {"train/task_loss": Series(tuple(range(30)), tuple(values))} if run.arm != "healthy" else {}
+
+    usual = loss_by_share(warm=1.0)
+    file = write_cures(tmp_path, "fever", ("warm",), design={"on_healthy": []})
+    judged = matrix_of(row_of(file, lambda arm, seed: math.inf if arm == "sick" and seed else usual(arm, seed), loss))
+    assert stability_table(judged).rows == (
+        ("fever", "healthy", "3/3 [0.29, 1.00]", "0 of 3", "–"),
+        ("fever", "sick", "1/3 [0.01, 0.91]", "3 of 3", "never in 3 of 3"),
+        ("fever", "sick + warm", "3/3 [0.29, 1.00]", "3 of 3", "2.88 [1.21, 6.85]"),
+    )
+    [cell] = judged.rows[0].cells
+    assert cell.outcome.recovery.steps == pytest.approx(math.cbrt(2 * 3 * 4))
+    text = json.loads((write_matrix(judged, tmp_path / "out").parent / "matrix.json").read_text())
+    assert text["rows"][0]["sick"]["interval"] == pytest.approx([0.0084, 0.9057], abs=1e-4)
+    assert text["rows"][0]["cells"][0]["outcome"]["recovery"]["interval"]["low"] == pytest.approx(1.2144, abs=1e-4)
 
 
 def test_everything_is_written_from_one_record(row, tmp_path: Path) -> None:
@@ -186,5 +256,6 @@ def test_everything_is_written_from_one_record(row, tmp_path: Path) -> None:
     assert cell["effect"]["verdict"] == "cures"
     assert cell["effect"]["share"] == judged.rows[0].cells[0].effect.share
     assert record["rows"][1]["cells"][0]["effect"] is None
+    assert [one["cures"] for one in record["surprises"] if one["kind"] == "harms"] == ["norm"]
     assert record["cures"] == ["warm", "clip", "norm", "pill"]
     assert (folder / "matrix.png").read_bytes().startswith(b"\x89PNG")

@@ -12,8 +12,9 @@ base, seeds and budget share their runs.
 
 from collections.abc import Sequence
 
+from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.declare.arm_changes import Change, lay_over, merge, read_changes
-from lightning_moevlm.study.declare.designs.design import CureStudy, Design, Point
+from lightning_moevlm.study.declare.designs.design import Claim, CureStudy, Design, Point
 from lightning_moevlm.study.declare.designs.design_keys import CureKeys
 from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel, Level, refuse_conflicts
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_yaml
@@ -72,7 +73,7 @@ def read_cures(node: YamlNode, keys: CureKeys, cures: tuple[Factor, ...]) -> Des
         "cures",
         factors,
         tuple(point for point in points if first[point.levels] is point),
-        cure_study=CureStudy(keys.signs, keys.fresh_seeds),
+        cure_study=CureStudy(keys.signs, keys.fresh_seeds, _read_claims(keys.claims, names)),
     )
 
 
@@ -98,6 +99,16 @@ def _read_overlay(node: YamlNode) -> tuple[Change, ...]:
     if not changes:
         raise node.error("it changes nothing; give a key and a value")
     return changes
+
+
+def _read_claims(node: YamlNode | None, names: _Names) -> tuple[Claim, ...] | None:
+    """Return the claimed cures with their sources; None if the study says nothing of claims."""
+    if node is None:
+        return None
+    for name, child in node.items():
+        if name not in names:
+            raise child.error(f"no cure {name!r} is tried here; {suggest(name, names)}allowed: {', '.join(names)}")
+    return tuple(Claim(name, child.text()) for name, child in node.items())
 
 
 def _choose(node: YamlNode | None, allowed: _Names, default: _Names) -> _Names:

@@ -39,11 +39,19 @@ class Point:
     levels: tuple[FactorLevel, ...]  # one per factor, in the design's order
 
 
+class Claim(NamedTuple):
+    """A cure that somebody names against the illness."""
+
+    cure: str
+    source: str  # who names it
+
+
 class CureStudy(NamedTuple):
     """What a cure study says beside its arms."""
 
     signs: tuple[str, ...]  # metrics that show the illness
     fresh_seeds: tuple[int, ...]  # for the strongest cells of the matrix, trained again
+    claims: tuple[Claim, ...] | None = None  # None: the study does not say; (): no cure is claimed
 
 
 @dataclass(frozen=True)

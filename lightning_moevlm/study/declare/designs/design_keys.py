@@ -100,6 +100,15 @@ class CureKeys(DesignKeys, frozen=True, kw_only=True):
         YamlNode | None,
         doc("Cures to try on the healthy model, for side effects and cost.", "[clip_norm]", _CURES, "every cure"),
     ] = None
+    claims: Annotated[
+        YamlNode | None,
+        doc(
+            "Cures that a source names against this illness. The matrix marks them, and tells which others work.",
+            "{qk_norm: 'ViT-22B, arXiv 2302.05442'}",
+            "mapping of a cure to its source, or {} for none",
+            "not said",
+        ),
+    ] = None
     fresh_seeds: Annotated[
         tuple[Seed, ...],
         doc("Seeds on which `moevlm sweep run FOLDER` repeats the strongest cells of the matrix.", "[10, 11, 12]"),

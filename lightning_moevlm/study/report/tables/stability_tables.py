@@ -14,7 +14,7 @@ from lightning_moevlm.study.report.tables.table import (
     format_seed_count,
 )
 from lightning_moevlm.study.run.ledger import Status
-from lightning_moevlm.study.statistics.outcomes.arm_stability import ArmStability
+from lightning_moevlm.study.statistics.outcomes.arm_stability import Recovery
 from lightning_moevlm.study.statistics.outcomes.stability import Stability
 from lightning_moevlm.study.statistics.paired_tests import format_p
 from lightning_moevlm.study.statistics.verdict import Verdict
@@ -150,7 +150,7 @@ def _stability_cells(arm: ArmResult, alpha: float) -> tuple[str, ...]:
         NOTHING if first is None else f"step {first}",
         f"{arm.not_learned} of {arm.done}" if arm.not_learned else NOTHING,
         *(_share(own.mean(read)) for read in _SPIKES),
-        _format_recovery(own),
+        format_recovery(own.recovery, is_known=own.worst(lambda run: run.recovery_steps) is not None),
     )
 
 
@@ -198,11 +198,10 @@ def _number(value: float | None) -> str:
     return NOTHING if value is None else f"{value:.3g}"
 
 
-def _format_recovery(arm: ArmStability) -> str:
-    """Return e.g. `12 [5, 29], never in 1 of 3`; 0 if no run had a spike."""
-    found = arm.recovery
+def format_recovery(found: Recovery, is_known: bool) -> str:
+    """Return e.g. `12 [5, 29], never in 1 of 3`; 0 if no run had a spike. is_known: a run has enough points."""
     if not found.spiked:
-        return NOTHING if arm.worst(lambda run: run.recovery_steps) is None else "0"
+        return "0" if is_known else NOTHING
     never = f"never in {found.spiked - found.recovered} of {found.spiked}" if found.recovered < found.spiked else ""
     if found.steps is None:
         return never

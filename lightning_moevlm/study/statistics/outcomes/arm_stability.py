@@ -7,7 +7,7 @@ Three seeds show little: 0 of 3 against 3 of 3 has p = 0.25 paired, and 0.1 else
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -89,19 +89,23 @@ def summarise_stability(
     survival = Survival(sum(survived.values()), len(survived))
     test, p = ("", None) if baseline is None else _compare(survived, baseline)
     return ArmStability(
-        tuple(runs.values()), survival, survival.interval(alpha), test, p, _recovery(list(runs.values()), alpha)
+        tuple(runs.values()),
+        survival,
+        survival.interval(alpha),
+        test,
+        p,
+        summarise_recovery((run.recovery_steps for run in runs.values()), alpha),
     )
 
 
-def _compare(mine: Mapping[int, bool], theirs: Mapping[int, bool]) -> tuple[str, float | None]:
-    if mine and mine.keys() == theirs.keys():
-        better = sum(mine[seed] and not theirs[seed] for seed in mine)
-        return "McNemar", mcnemar_p(better, sum(theirs[seed] and not mine[seed] for seed in mine))
-    return "Fisher", fisher_p(sum(mine.values()), len(mine), sum(theirs.values()), len(theirs))
+def summarise_recovery(steps: Iterable[float | None], alpha: float) -> Recovery:
+    """Return the recovery of an arm.
 
-
-def _recovery(runs: Sequence[Stability], alpha: float) -> Recovery:
-    times = [run.recovery_steps for run in runs if run.recovery_steps]
+    Args:
+        steps: Of each run the longest recovery; 0 without a spike, infinite if it never came back, None if unknown.
+        alpha: The interval covers 1 - alpha.
+    """
+    times = [one for one in steps if one]
     logs = tuple(math.log(time) for time in times if math.isfinite(time))
     around = t_interval(logs, alpha)
     return Recovery(
@@ -110,3 +114,10 @@ def _recovery(runs: Sequence[Stability], alpha: float) -> Recovery:
         math.exp(float(np.mean(logs))) if logs else None,
         None if around is None else Interval(math.exp(around.low), math.exp(around.high), around.method),
     )
+
+
+def _compare(mine: Mapping[int, bool], theirs: Mapping[int, bool]) -> tuple[str, float | None]:
+    if mine and mine.keys() == theirs.keys():
+        better = sum(mine[seed] and not theirs[seed] for seed in mine)
+        return "McNemar", mcnemar_p(better, sum(theirs[seed] and not mine[seed] for seed in mine))
+    return "Fisher", fisher_p(sum(mine.values()), len(mine), sum(theirs.values()), len(theirs))

@@ -1,0 +1,84 @@
+"""Finds what the literature does not let one expect, by rule, or says that nothing of the kind is shown.
+
+Only verdicts count: what is unclear surprises nobody. A cure that harms or works alone is judged by its own cell; cures
+that work together only are a combination that works, while no part of it is shown to work alone.
+"""
+
+from typing import Literal, NamedTuple
+
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
+from lightning_moevlm.study.matrix.texts import describe_share, describe_side_effect
+from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
+from lightning_moevlm.study.statistics.verdict import Verdict
+
+Kind = Literal["harms", "together only", "unclaimed", "claim not seen", "side effect"]
+
+_WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
+_NOT_FOUND: dict[Kind, str] = {
+    "harms": "No cure is shown to harm a sick model.",
+    "together only": "No cures are shown to work together only.",
+    "unclaimed": "No cure is shown to work against an illness that it is not claimed to treat.",
+    "claim not seen": "No claimed cure is shown to do nothing, or to harm.",
+    "side effect": "No cure is shown to change a healthy model.",
+}
+
+
+class Surprise(NamedTuple):
+    """One finding that was not to be expected."""
+
+    kind: Kind
+    illness: str
+    """Empty for a side effect."""
+    cures: str
+    text: str
+
+
+def find_surprises(matrix: Matrix) -> tuple[Surprise, ...]:
+    """Return the surprises, by kind and then in the order of the matrix."""
+    found = [one for row in matrix.rows for cell in row.cells for one in _of_cell(row, cell)]
+    found += [
+        Surprise("side effect", "", one.cure, f"{one.cure} {verb} the healthy model: {describe_side_effect(one)}.")
+        for one in matrix.side_effects
+        if one.effect and (verb := _SIDE_EFFECTS.get(one.effect.verdict))
+    ]
+    order = list(_NOT_FOUND)
+    return tuple(sorted(found, key=lambda one: order.index(one.kind)))
+
+
+def describe_surprises(matrix: Matrix) -> tuple[str, ...]:
+    """Return the surprises as sentences; one sentence for each kind of which there is none."""
+    found = find_surprises(matrix)
+    told: list[str] = []
+    for kind, nothing in _NOT_FOUND.items():
+        told += [one.text for one in found if one.kind == kind] or [nothing]
+    silent = [row.illness for row in matrix.rows if row.claims is None]
+    return (*told, f"Claims are not declared for {', '.join(silent)}.") if silent else tuple(told)
+
+
+_SIDE_EFFECTS = {Verdict.HURTS: "harms", Verdict.HELPS: "improves"}
+
+
+def _of_cell(row: Row, cell: Cell) -> list[Surprise]:
+    if cell.effect is None:
+        return []
+    verdict, found = cell.effect.verdict, []
+
+    def add(kind: Kind, told: str) -> None:
+        again = {True: " Fresh seeds agree.", False: " Fresh seeds differ.", None: ""}[cell.agrees]
+        found.append(Surprise(kind, row.illness, cell.label, f"{row.illness}: {told}.{again}"))
+
+    share = describe_share(cell.effect)
+    if verdict is CureVerdict.HARMS:
+        add("harms", f"{cell.label} harms, {share} of the damage undone")
+    alone = row.alone()
+    parts = [alone[cure].effect for cure in cell.cures if cure in alone]
+    works_alone = any(part and part.verdict in _WORKS for part in parts)
+    if cell.kind in ("together", "all") and verdict in _WORKS and len(parts) > 1 and not works_alone:
+        add("together only", f"{cell.label} {verdict} ({share}), and no part of it is shown to do so alone")
+    if cell.kind == "alone" and row.claims is not None:
+        is_claimed = row.is_claimed(cell.cures[0])
+        if verdict in _WORKS and not is_claimed:
+            add("unclaimed", f"{cell.label} {verdict} ({share}), though no source names it against this illness")
+        if is_claimed and verdict in (CureVerdict.NONE, CureVerdict.HARMS):
+            add("claim not seen", f"{cell.label} is claimed to treat it, and is shown not to ({share}, {verdict})")
+    return found
