@@ -1,5 +1,6 @@
 """One batch of image-text pairs, the input of every model."""
 
+from collections import Counter
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
@@ -19,6 +20,39 @@ class Answers(NamedTuple):
         return Answers(tuple(self.given[row] for row in chosen), tuple(self.kinds[row] for row in chosen))
 
 
+class FurtherCaptions(NamedTuple):
+    """Captions of a batch's images beside the one that each pair has, M in all.
+
+    text_ML: like text_BL.
+    text_mask_ML: like text_mask_BL.
+    pairs: for each, the number of its pair.
+    """
+
+    text_ML: Tensor
+    text_mask_ML: Tensor
+    pairs: tuple[int, ...]
+
+    def select(self, rows: Sequence[int]) -> "FurtherCaptions | None":
+        """Return those of some samples, which are numbered anew; None without any."""
+        own: dict[int, list[int]] = {}
+        for place, pair in enumerate(self.pairs):
+            own.setdefault(pair, []).append(place)
+        chosen = [(number, place) for number, row in enumerate(rows) for place in own.get(row, ())]
+        if not chosen:
+            return None
+        pairs, places = zip(*chosen, strict=True)
+        return FurtherCaptions(self.text_ML[list(places)], self.text_mask_ML[list(places)], pairs)
+
+    def names(self, keys: Sequence[str]) -> tuple[str, ...]:
+        """Return a name of each, by the keys of the samples: KEY#1 is the first of its sample."""
+        before = Counter[int]()
+        names = []
+        for pair in self.pairs:
+            before[pair] += 1
+            names.append(f"{keys[pair]}#{before[pair]}")
+        return tuple(names)
+
+
 class Batch(NamedTuple):
     """A collated batch; a modality that is absent from all samples is None.
 
@@ -36,6 +70,8 @@ class Batch(NamedTuple):
     answers: of the texts, which then are questions or statements; None if they are not read.
     second_images_BRYX: like images_BRYX, the other image of samples with two, black where a sample has one; None if not
         read.
+    further_captions: of the images of pairs, for the metrics of an evaluation; None in training, and if no sample has
+        several captions.
     """
 
     images_BRYX: Tensor | None
@@ -48,6 +84,7 @@ class Batch(NamedTuple):
     step: "WholeStep | None" = None
     answers: Answers | None = None
     second_images_BRYX: Tensor | None = None
+    further_captions: FurtherCaptions | None = None
 
     @property
     def num_samples(self) -> int:
@@ -92,6 +129,7 @@ class Batch(NamedTuple):
             self.sources[:num_samples],
             answers=None if self.answers is None else self.answers.select(range(num_samples)),
             second_images_BRYX=_take(self.second_images_BRYX, images),
+            further_captions=None if self.further_captions is None else self.further_captions.select(range(pairs)),
         )
 
     def select(self, rows: Sequence[int]) -> "Batch":
@@ -108,6 +146,23 @@ class Batch(NamedTuple):
             tuple(self.sources[row] for row in rows) if self.sources else (),
             answers=None if self.answers is None else self.answers.select(rows),
             second_images_BRYX=_take(self.second_images_BRYX, images),
+            further_captions=None if self.further_captions is None else self.further_captions.select(rows),
+        )
+
+    def each_caption(self) -> "Batch":
+        """Return the batch with each further caption as a pair of its own, with a copy of its image, after the others.
+
+        Of a batch that holds pairs alone.
+        """
+        further = self.further_captions
+        if further is None:
+            return self
+        assert self.text_BL is not None and self.text_mask_BL is not None and self.pairs == self.num_samples
+        repeated = self._replace(further_captions=None).select([*range(self.pairs), *further.pairs])
+        return repeated._replace(
+            text_BL=torch.cat([self.text_BL, further.text_ML]),
+            text_mask_BL=torch.cat([self.text_mask_BL, further.text_mask_ML]),
+            keys=(*self.keys, *further.names(self.keys)),
         )
 
     def of_sources(self, names: Collection[str]) -> "Batch":

@@ -37,7 +37,8 @@ def index(
         name: Name of the set; by default that of the tars' folder.
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
-        caption_field: Field of KEY.json with the caption, or with a list of captions; each epoch draws one.
+        caption_field: Field of KEY.json with the caption, or with a list of captions; each epoch draws one, and
+            evaluation counts all.
         split: Split that all the tars are; null deals three or more tars out to train, val and test.
         tokenizer: A tokenizer.json of the tokenizers library; null trains one on the captions.
         vocab_size: Largest number of token ids, at least 260.

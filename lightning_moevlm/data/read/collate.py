@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.batch import Answers, Batch
+from lightning_moevlm.contracts.batch import Answers, Batch, FurtherCaptions
 from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
@@ -25,7 +25,7 @@ from lightning_moevlm.data.images.decode import (
 )
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
-from lightning_moevlm.data.text.annotations import Annotation, choose_answer
+from lightning_moevlm.data.text.annotations import ANSWERS, Annotation, choose_answer
 from lightning_moevlm.data.text.captions import draw_caption, find_captions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
@@ -43,6 +43,7 @@ class Decoded(NamedTuple):
     question_kind: str = ""
     second_RYX: Tensor | None = None  # as image_RYX, of samples with two images
     appended: str = ""  # the answer that follows the question
+    further: tuple[str, ...] = ()  # captions of its image beside this one
 
 
 class Collate:
@@ -76,6 +77,8 @@ class Collate:
         self._captions = find_captions(members, caption_field)
         self._annotation = annotation
         self._appends = annotation is not None and annotation.is_appended
+        are_questions = annotation is not None and annotation.name == ANSWERS
+        self._keeps_further = self._image_extension is not None and not are_questions
         self._second_image = second_image
         self._tokenizer = tokenizer
         self._image_size = image_size
@@ -133,12 +136,14 @@ class Collate:
         Args:
             sample: The sample.
             into: A row of `image_rows` for its image; after a fault it can be used again.
-            draw: Seed of the choice among several captions, or answers to append (`captions.draw_caption`).
+            draw: Seed of the choice among several captions, or answers to append (`captions.draw_caption`); "" takes
+                the first caption, and keeps the others.
 
         Raises:
             SampleFault: if a member is missing, an image is invalid or too large, or a text is empty or not UTF-8.
         """
         image_RYX, caption, jpeg = None, None, None
+        further: tuple[str, ...] = ()
         if self._keeps_jpegs and self._image_extension is not None:
             jpeg = self._jpeg(sample, self._image_extension)
         elif self._image_extension is not None:
@@ -153,18 +158,21 @@ class Collate:
             if not captions:
                 raise SampleFault("caption_empty", f"{_place(sample, member)} has no caption; rebuild the set")
             caption = draw_caption(captions, draw, sample.key)
+            if self._keeps_further and not draw:
+                further = captions[1:]
         answers, kind = ((), "") if self._annotation is None else self._read_annotation(sample, self._annotation)
         second_RYX = None if self._second_image is None else self._image(sample, self._second_image, None)
         appended = choose_answer(answers, draw, sample.key) if self._appends else ""
-        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX, appended)
+        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX, appended, further)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise captions and make a batch. images_BRYX: the rows that the samples were decoded into."""
-        text_BL, text_mask_BL, num_cut = None, None, 0
+        text_BL, text_mask_BL, num_cut, further = None, None, 0, None
         if self._captions is not None:
             captions = [each.caption or "" for each in decoded]
             appended = [each.appended for each in decoded] if self._appends else []
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len, appended)
+            further = self._encode_further(decoded)
         answers = None
         if self._annotation is not None:
             answers = Answers(tuple(each.answers for each in decoded), tuple(each.question_kind for each in decoded))
@@ -176,8 +184,17 @@ class Collate:
                 row_RYX.copy_(each.second_RYX)
         keys = tuple(each.key for each in decoded)
         return Batch(
-            images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers, second_images_BRYX=second_BRYX
-        )
+            images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers, second_images_BRYX=second_BRYX,
+            further_captions=further,
+        )  # fmt: skip
+
+    def _encode_further(self, decoded: Sequence[Decoded]) -> FurtherCaptions | None:
+        said = [(number, text) for number, each in enumerate(decoded) for text in each.further]
+        if not said:
+            return None
+        pairs, texts = zip(*said, strict=True)
+        text_ML, text_mask_ML, _ = self._tokenizer.encode(texts, self._max_text_len)
+        return FurtherCaptions(text_ML, text_mask_ML, pairs)
 
     def pack_jpegs(self, decoded: Sequence[Decoded], num_fresh: int) -> JpegBatch | None:
         """Pack the JPEGs of a batch; None if images are decoded already.

@@ -1,11 +1,12 @@
 """Joins batches of several sources to one."""
 
 from collections.abc import Mapping, Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from lightning_moevlm.contracts.batch import Answers, Batch
+from lightning_moevlm.contracts.batch import Answers, Batch, FurtherCaptions
 
 
 def order_sources(batches: Mapping[int, Batch]) -> list[int]:
@@ -35,6 +36,7 @@ def join_batches(batches: Mapping[int, Batch], names: Sequence[str]) -> Batch:
         sum(batch.num_cut for batch in ordered),
         answers=_join_answers(ordered),
         second_images_BRYX=_join_second_images(ordered),
+        further_captions=_join_further(ordered),
     )
 
 
@@ -61,6 +63,19 @@ def _join_second_images(batches: Sequence[Batch]) -> Tensor | None:
             else batch.second_images_BRYX
             for batch in with_images
         ]
+    )
+
+
+def _join_further(batches: Sequence[Batch]) -> FurtherCaptions | None:
+    """Join the further captions, which those of pairs alone have; pairs come first."""
+    starts = accumulate((batch.num_samples for batch in batches), initial=0)
+    there = [(start, each) for start, batch in zip(starts, batches, strict=False) if (each := batch.further_captions)]
+    if not there:
+        return None
+    return FurtherCaptions(
+        torch.cat([each.text_ML for _, each in there]),
+        torch.cat([each.text_mask_ML for _, each in there]),
+        tuple(start + pair for start, each in there for pair in each.pairs),
     )
 
 

@@ -9,7 +9,8 @@ Image and text are encoded in one pass without attention between them, so a shar
 once, as in LIMoE (arXiv 2206.02770, section 2). Negatives come from the micro-batches of all ranks; gradients flow to
 every rank's features. Micro-batches that are accumulated are contrasted each for itself.
 
-In evaluation the loss and the recalls are over the whole set, so they do not depend on the batch size.
+In evaluation the loss and the recalls are over the whole set, so they do not depend on the batch size. Every caption of
+an image is a pair of it there.
 """
 
 import math
@@ -110,9 +111,30 @@ class Contrastive(Objective):
             output.plans,
             output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
             output.attention,
-            embeddings=None if self.training else _embeddings(pairs, image_BD, text_BD),
+            embeddings=None if self.training else self._keep(backbone, pairs, image_BD, text_BD),
         )
         return Compared(terms, image_BD, text_BD)
+
+    def _keep(self, backbone: Backbone, pairs: Batch, image_BD: Tensor, text_BD: Tensor) -> Embeddings:
+        """Keep what is compared over a whole set; equal images are one image, equal texts one text.
+
+        Further captions are encoded alone, which gives the features that they have apart from their image.
+        """
+        further = pairs.further_captions
+        if further is not None:
+            texts = backbone(None, further.text_ML, further.text_mask_ML)
+            image_BD = torch.cat([image_BD, image_BD[list(further.pairs)]])
+            text_BD = torch.cat([text_BD, self.embed_texts(texts.pool(Modality.TEXT))])
+        every = pairs.each_caption()
+        assert every.images_BRYX is not None and every.text_BL is not None and every.text_mask_BL is not None
+        words = [text_L[mask_L] for text_L, mask_L in zip(every.text_BL.cpu(), every.text_mask_BL.cpu(), strict=True)]
+        return Embeddings(
+            every.keys,
+            image_BD.detach().cpu(),
+            text_BD.detach().cpu(),
+            content_ids(every.images_BRYX.cpu()),
+            content_ids(words),
+        )
 
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of pairs, and tokens of their pass."""
@@ -225,16 +247,3 @@ def _gather(own_BD: Tensor) -> tuple[Tensor, int]:
     padded = F.pad(own_BD, (0, 0, 0, max(numbers) - len(own_BD)))
     rows = [each[:number] for each, number in zip(all_gather(padded), numbers, strict=True)]
     return torch.cat(rows), sum(numbers[: dist.get_rank()])
-
-
-def _embeddings(pairs: Batch, image_BD: Tensor, text_BD: Tensor) -> Embeddings:
-    """Keep what is compared over a whole set; equal images are one image, equal texts one text."""
-    assert pairs.images_BRYX is not None and pairs.text_BL is not None and pairs.text_mask_BL is not None
-    texts = [text_L[mask_L] for text_L, mask_L in zip(pairs.text_BL.cpu(), pairs.text_mask_BL.cpu(), strict=True)]
-    return Embeddings(
-        pairs.keys,
-        image_BD.detach().cpu(),
-        text_BD.detach().cpu(),
-        content_ids(pairs.images_BRYX.cpu()),
-        content_ids(texts),
-    )

@@ -10,7 +10,7 @@ in the pass of the head. Texts or images that equal the sample's own are no nega
 sample's key and the step, from the micro-batch of one rank.
 
 Evaluation takes the same pairs of the set at any batch size: those whose keys have the smallest hashes. Their negatives
-are drawn among all of them.
+are drawn among all of them. Every caption of an image is a pair of it there.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -97,7 +97,7 @@ class Matching(Objective):
                 device = contrast.image_BD.device
                 return self._judge(backbone, images_BRYX.to(device), text_BL.to(device), text_mask_BL.to(device))[1]
 
-            return output._replace(matchable=Matchable(pairs, match))
+            return output._replace(matchable=Matchable(pairs.each_caption(), match))
         with torch.no_grad():
             similar_BB = self._scale() * contrast.image_BD.detach() @ contrast.text_BD.detach().T
             allowed_BB = _differ(pairs)

@@ -7,8 +7,8 @@
 With `answers_only`, a text is a question, [EOS] and its answer (`data.append_answer`), and what follows the first [EOS]
 alone is predicted (LLaVA, arXiv 2304.08485, section 4.2).
 
-Each term is the mean over predicted tokens, [EOS] included, in nats. The backbone needs no `causal: true`: the mask is
-that of this pass. Its routers must not look ahead all the same.
+Each term is the mean over predicted tokens, [EOS] included, in nats. Evaluation predicts every caption of an image. The
+backbone needs no `causal: true`: the mask is that of this pass. Its routers must not look ahead all the same.
 """
 
 from collections.abc import Mapping
@@ -173,7 +173,7 @@ class NextToken(Objective):
         pairs, text_BL, mask_BL = batch.pairs, batch.text_BL, batch.text_mask_BL
         parts: dict[str, Batch] = {}
         if pairs and "caption" in self.weights:
-            parts["caption"] = batch.first(pairs)
+            parts["caption"] = batch.first(pairs) if self.training else batch.first(pairs).each_caption()
         if text_BL is not None and mask_BL is not None and len(text_BL) > pairs and "text" in self.weights:
             parts["text"] = Batch(None, text_BL[pairs:], mask_BL[pairs:], batch.text_keys[pairs:])
         return parts

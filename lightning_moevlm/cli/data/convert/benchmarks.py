@@ -17,8 +17,8 @@ class ConvertCocoCaptions(ConvertCommand):
     Args:
         annotations: The captions file.
         images: Folder of the images; by default the file's own.
-        captions: first makes one sample per image, each one per caption; draw is one per image as well, and each
-            epoch draws one of its captions. All captions are in the json member.
+        captions: first makes one sample per image, each one per caption; draw is one per image as well, of whose
+            captions each epoch draws one, and evaluation counts all. All captions are in the json member.
     """
 
     annotations: str
@@ -64,8 +64,7 @@ class ConvertCocoVqa(ConvertCommand):
 class ConvertKarpathy(ConvertCommand):
     """Convert dataset_coco.json or dataset_flickr30k.json, the splits that retrieval is reported on.
 
-    A training image is one sample, and each epoch draws one of its captions. A held-out image has a sample for each of
-    its captions, so all of them count.
+    An image is one sample with all of its captions. Each epoch of training draws one; evaluation counts all.
 
     Args:
         file: The file of splits.

@@ -95,7 +95,8 @@ class ConvertImg2dataset(ConvertCommand):
         recompress: Whether compressed tars (gzip, bzip2, xz) are unpacked into the set; they are refused otherwise.
         image_member: Extension of the images, as input.jpg for KEY.input.jpg; null takes jpg, png and webp.
         caption_member: Extension of the captions; null for a set of images alone.
-        caption_field: Field of KEY.json with the caption, or with a list of captions; each epoch draws one.
+        caption_field: Field of KEY.json with the caption, or with a list of captions; each epoch draws one, and
+            evaluation counts all.
     """
 
     folder: str

@@ -51,10 +51,17 @@ class CaptionScores(HeldOutTask):
             return
         tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, module.backbone
         images = content_ids(pairs.images_BRYX.cpu())
-        for image, text_L in zip(images, pairs.text_BL.tolist(), strict=True):
+        further = pairs.further_captions
+        known = list(zip(images, pairs.text_BL.tolist(), strict=True))
+        if further is not None:
+            known += [
+                (images[row], text_L) for row, text_L in zip(further.pairs, further.text_ML.tolist(), strict=True)
+            ]
+        for image, text_L in known:
             self._references[image] = (*self._references.get(image, ()), tokenizer.decode(text_L))
-        chosen = [row for row, image in enumerate(images) if image < self.share * 2**64]
-        rows = [row for row in chosen if images[row] not in self._generated]
+        first = {image: row for row, image in reversed(list(enumerate(images)))}
+        chosen = [image for image in first if image < self.share * 2**64]
+        rows = sorted(first[image] for image in chosen if image not in self._generated)
         if not rows:
             return
         start = slice(0, 1)  # [BOS]

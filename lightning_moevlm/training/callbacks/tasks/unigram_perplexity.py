@@ -57,9 +57,13 @@ class UnigramPerplexity(HeldOutTask):
 
 
 def _count(sums: RunningSums[str], batch: Batch, vocab_size: int) -> None:
-    """Count what NextToken predicts of a batch: all tokens of a text but its first."""
+    """Count what NextToken predicts of a batch in evaluation: all tokens of a text but its first, of all captions."""
     if batch.text_BL is None or batch.text_mask_BL is None:
         return
     for term, rows in (("caption", slice(0, batch.pairs)), ("text", slice(batch.pairs, None))):
         token_M = batch.text_BL[rows, 1:][batch.text_mask_BL[rows, 1:]]
         sums.add(term, torch.bincount(token_M.cpu(), minlength=vocab_size))
+    further = batch.further_captions
+    if further is not None:
+        token_M = further.text_ML[:, 1:][further.text_mask_ML[:, 1:]]
+        sums.add("caption", torch.bincount(token_M.cpu(), minlength=vocab_size))

@@ -44,7 +44,8 @@ class CocoCaptions(Source):
     """A `captions_*.json`. The json member of a sample holds all captions of its image.
 
     take: `first` gives one sample per image, with the caption of lowest id; `each` gives one sample per caption, with a
-    copy of the image; `draw` gives one sample per image, and training draws one of its captions per epoch.
+    copy of the image; `draw` gives one sample per image, of whose captions training draws one per epoch and
+    evaluation counts all.
     """
 
     def __init__(self, annotations: Path, images: Path, name: str | None, take: Take) -> None:

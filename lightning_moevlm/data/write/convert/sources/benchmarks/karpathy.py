@@ -1,8 +1,7 @@
 """Reads the splits of COCO and Flickr30k that retrieval is reported on (Karpathy, arXiv 1412.2306; dataset_coco.json).
 
-A training image is one sample, and each epoch draws one of its captions. A held-out image has a sample for each of its
-captions, with a copy of it: so every caption is a candidate and an answer, as in the literature. Equal images count as
-one in evaluation.
+An image is one sample with all of its captions. Each epoch of training draws one; in evaluation every caption is a
+candidate and an answer, as in the literature.
 """
 
 from collections.abc import Iterator
@@ -42,7 +41,7 @@ class KarpathyCaptions(Source):
 
     def __init__(self, file: Path, images: Path, name: str | None) -> None:
         table = require_file(file, "file")
-        arguments: dict[str, Scalar] = {"source": "karpathy", "table": file_sha256(table)}
+        arguments: dict[str, Scalar] = {"source": "karpathy", "table": file_sha256(table), "captions": "together"}
         super().__init__(make_set_name(name or table.stem), require_folder(images, "--images"), arguments)
         self.table = table
         self.layout = Layout({}, "captions", keys_repeat=False)
@@ -52,11 +51,11 @@ class KarpathyCaptions(Source):
         content = read_object(self.table)
         for number, entry in enumerate(list_of(content, "images", self.table, _WANTED)):
             try:
-                yield from self._image(entry, f"{self.table.name} images[{number}]")
+                yield self._image(entry, f"{self.table.name} images[{number}]")
             except RowError as fault:
                 yield fault.to_bad_row(f"{self.table.name} images[{number}]")
 
-    def _image(self, entry: dict[str, object], place: str) -> Iterator[Row]:
+    def _image(self, entry: dict[str, object], place: str) -> Row:
         image_id, file, split = number_field(entry, "imgid"), text_field(entry, "filename"), text_field(entry, "split")
         if split not in _SPLITS:
             raise RowError("split_unknown", f"split {split[:40]!r} is not one of {', '.join(_SPLITS)}")
@@ -65,16 +64,12 @@ class KarpathyCaptions(Source):
         captions = [clean_caption(text_field(each, "raw")) for each in list_field(entry, "sentences")]
         if not captions:
             raise RowError("caption_empty", "this image has no sentence")
-        key = f"{self.name}-{image_id:012d}"
-        is_training = _SPLITS[split] == "train"
-        samples = [(key, captions)] if is_training else [(f"{key}-{n}", [text]) for n, text in enumerate(captions)]
-        for name, texts in samples:
-            yield Row(
-                place=place,
-                key=name,
-                image=ImageLocation(path),
-                caption=texts[0],
-                annotation={"image_id": image_id, "file_name": path, "captions": texts},
-                split=_SPLITS[split],
-                extra_texts=tuple(texts[1:]),
-            )
+        return Row(
+            place=place,
+            key=f"{self.name}-{image_id:012d}",
+            image=ImageLocation(path),
+            caption=captions[0],
+            annotation={"image_id": image_id, "file_name": path, "captions": captions},
+            split=_SPLITS[split],
+            extra_texts=tuple(captions[1:]),
+        )
