@@ -135,10 +135,10 @@ def test_workers_send_them_and_training_has_one_caption_alone(root: Path) -> Non
 
 
 def test_joined_sources_keep_them(root: Path) -> None:
-    first, second = (next(iter(data_of(root, 2).val_dataloader())) for _ in range(2))
+    (first,), (second,) = (list(data_of(root).val_dataloader()) for _ in range(2))
     joined = join_batches({0: first, 1: second}, ["a", "b"])
-    assert joined.further_captions is not None and joined.num_samples == 4
-    assert joined.further_captions.pairs == (0, 0, 1, 1, 2, 2, 3, 3)
+    assert joined.further_captions is not None and joined.num_samples == 6
+    assert joined.further_captions.pairs == (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5)
     parts = [joined.of_sources({name}).further_captions for name in ("a", "b")]
     assert all(torch.equal(part.text_ML, first.further_captions.text_ML) for part in parts)  # type: ignore[union-attr]
 
