@@ -107,6 +107,12 @@ DEAD_EXPERTS = MetricKey("dead_experts/block{block}/{modality}", "experts withou
 CAPACITY = MetricKey("capacity/block{block}/{modality}", "capacity factor after rounding", "", "neither")
 LOGIT_MAX = MetricKey("router_logit_max/block{block}/{modality}", "largest |router logit|", "", "neither")
 
+ROUTER_SATURATION = MetricKey(
+    "router_saturation_at_{percent}/block{block}/{modality}",
+    "final choices of experts that are made at a percentage of training",
+    "fraction",
+    "neither",
+)
 SHADOW_FLIP_RATE = MetricKey(
     "shadow_flip_rate/block{block}/{modality}", "tokens that fp32 routes elsewhere", "fraction", "lower"
 )

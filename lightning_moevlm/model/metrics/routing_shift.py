@@ -1,5 +1,6 @@
 """Measures how differently two runs of one layer route, such as one in a narrower format. Formulas:
 
+overlap           mean over tokens of |chosen and chosen by the reference| / |chosen by the reference|
 flip rate         tokens whose set of chosen experts differs / tokens
 logit error max   max |logit - reference|
 logit error rms   sqrt(mean (logit - reference)^2), over tokens and experts
@@ -56,3 +57,18 @@ def chosen_experts(plan: PairPlan) -> Tensor:
     pair_N = plan.token_N * plan.num_experts + plan.expert_N
     count = torch.bincount(pair_N[plan.chosen_N], minlength=plan.num_tokens * plan.num_experts)
     return count.reshape(plan.num_tokens, plan.num_experts) > 0
+
+
+def chosen_overlap(chosen_TE: Tensor, reference_TE: Tensor) -> Tensor:
+    """Return the share of a reference's choices that are chosen, fp32, 0-d; 1 without tokens.
+
+    With the choices of an earlier step against those of the last one this is router saturation (OLMoE, arXiv
+    2409.02060, section 5.1).
+
+    Args:
+        chosen_TE: bool.
+        reference_TE: bool, at least one expert for each token.
+    """
+    if not len(chosen_TE):
+        return torch.ones(())
+    return ((chosen_TE & reference_TE).sum(dim=-1) / reference_TE.sum(dim=-1)).mean()

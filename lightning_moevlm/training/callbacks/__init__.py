@@ -3,9 +3,10 @@
 from lightning_moevlm.training.callbacks.feature_writer import FeatureWriter
 from lightning_moevlm.training.callbacks.float8_training import Float8Training
 from lightning_moevlm.training.callbacks.liveness import Liveness
-from lightning_moevlm.training.callbacks.precision_shadow import PrecisionShadow
 from lightning_moevlm.training.callbacks.recording.flight_recorder import FlightRecorder
 from lightning_moevlm.training.callbacks.result_table import ResultTable
+from lightning_moevlm.training.callbacks.routing.precision_shadow import PrecisionShadow
+from lightning_moevlm.training.callbacks.routing.router_saturation import RouterSaturation
 from lightning_moevlm.training.callbacks.step_progress import StepProgress
 from lightning_moevlm.training.callbacks.step_times import StepTimes
 from lightning_moevlm.training.callbacks.stopping.divergence_guard import DivergenceGuard
@@ -30,6 +31,7 @@ __all__ = [
     "Liveness",
     "PrecisionShadow",
     "ResultTable",
+    "RouterSaturation",
     "StepProgress",
     "StepTimes",
     "StopBySignal",

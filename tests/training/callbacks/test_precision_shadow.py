@@ -15,7 +15,7 @@ from lightning_moevlm.model.precision import PrecisionPolicy, Simulation
 from lightning_moevlm.model.routers import Gate, NoisyTopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import PrecisionShadow
-from lightning_moevlm.training.callbacks.precision_shadow import narrow_regions
+from lightning_moevlm.training.callbacks.routing.precision_shadow import narrow_regions
 from tests.small_model import small_vl_moe
 from tests.training.test_precision import loader
 
