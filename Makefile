@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow check format plan-golden options-golden gpu gpu-wheels clean
+.PHONY: help demo test test-slow test-hf families check format plan-golden options-golden gpu gpu-wheels clean
 
 help: ## Show this help
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-14s %s\n", $$1, $$2}'
@@ -25,6 +25,13 @@ test: $(INSTALLED) ## Run the tests (minutes)
 
 test-slow: $(INSTALLED) ## Run the tests that are left out of `make test`
 	$(BIN)/python -m pytest -m slow
+
+test-hf: $(INSTALLED) ## Run the tests of models from Hugging Face; installs the extra `hf`
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/model/backbones/adopted
+
+families: $(INSTALLED) ## Write the table of Hugging Face's families anew; needs the extra `hf`
+	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m slow tests/model/backbones/adopted/test_families.py
 
 check: $(INSTALLED) ## Format, lint, types, import contracts, dependencies; changes nothing
 	$(BIN)/ruff format --check .

@@ -265,9 +265,14 @@ def _offered(base: type) -> list[type]:
 
 
 def _leaves(base: type) -> list[type]:
-    """Return every concrete class below an interface, by name."""
+    """Return every concrete class below an interface, by name; not those of modules that begin with an underscore."""
     children: list[type] = base.__subclasses__()
-    found = {part for child in children for part in (child, *_leaves(child)) if not inspect.isabstract(part)}
+    found = {
+        part
+        for child in children
+        for part in (child, *_leaves(child))
+        if not inspect.isabstract(part) and "._" not in part.__module__
+    }
     return sorted(found, key=lambda part: part.__name__)
 
 

@@ -8,6 +8,7 @@ Rule: matrices, stacks and embeddings are normal with the given std, cut at two 
 Switch, arXiv 2101.03961 section 2.4); biases are 0; norm scales and single numbers are 1. A module that `HasScales`
 gives its matrices their own (layers/init_scheme.py); one with an `initial_std` or an `initial_value` has its own, and
 the `ExpertInit` of an expert stack may set a scale per fan-in, or equal experts.
+A module that `keeps_weights`, as one of another package does, is left as it is.
 """
 
 import hashlib
@@ -117,6 +118,7 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
     """Set every parameter of the model in place.
 
     Parameters without memory ("meta") and frozen ones are left alone; those of a module with `starts_frozen` are drawn.
+    So are those below a module with `keeps_weights`, unless a module between them says otherwise.
 
     Args:
         model: parameters named as in `named_parameters`, below the model's `path_in_model`.
@@ -125,9 +127,12 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
     """
     modules = dict(model.named_modules())
     scales = initial_scales(model, std)
+    kept = _find_kept(modules)
     for name, parameter in model.named_parameters():
         path, _, own_name = name.rpartition(".")
         owner = modules[path]
+        if path in kept:
+            continue
         if parameter.is_meta or not (parameter.requires_grad or getattr(owner, "starts_frozen", False)):
             continue  # no memory, or frozen weights that were loaded
         initial_value = getattr(owner, "initial_value", None)
@@ -160,6 +165,16 @@ def initial_scales(model: nn.Module, std: float) -> dict[str, InitialScale]:
         if isinstance(module, HasScales)
         for name, scale in module.initial_scales(std).items()
     }
+
+
+def _find_kept(modules: dict[str, nn.Module]) -> set[str]:
+    """Return the paths of parameters that stay as they are: the nearest module above that says so decides."""
+    kept: set[str] = set()
+    for path, module in modules.items():  # each after the one above it
+        keeps = getattr(module, "keeps_weights", path.rpartition(".")[0] in kept if path else False)
+        if keeps:
+            kept.add(path)
+    return kept
 
 
 def _join(path: str, name: str) -> str:

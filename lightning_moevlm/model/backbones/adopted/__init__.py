@@ -1,0 +1,1 @@
+"""Models of Hugging Face transformers, whose routing becomes our plans."""

@@ -1,0 +1,198 @@
+"""A mixture of another code base as one of our layers: its router replaced by a layer that makes plans.
+
+    their block:  hidden -> router -> (logits, weights, indices) -> their experts -> tokens
+    here:         hidden -> [ plan of their router, or of one of ours ] -> the same triple
+
+Experts, shared experts and residual stay theirs. The weights and indices that their experts get are read from the plan,
+so whatever changes the plan changes the model.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.model_card import Costs
+from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
+from lightning_moevlm.model.backbones.adopted._their_router import TheirRouter
+from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, spread
+from lightning_moevlm.model.backbones.adopted.seam import Gate
+from lightning_moevlm.model.dispatch import Dispatcher, Experts
+from lightning_moevlm.model.dispatch.expert_protocol import Linear
+from lightning_moevlm.model.experts import ExpertStack
+from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.model.precision import region
+from lightning_moevlm.model.routers import Router
+from lightning_moevlm.model.routers.choices import list_choices
+
+
+class AdoptedMoE(MoEFFN):
+    """Stands where their router stood; to readers of layers it is a MoE layer.
+
+    Args:
+        theirs: their router; kept in `router` unless another one is given.
+        gate: what their router returns.
+        experts: theirs; they stay in their block, which owns them.
+        current: what the running pass is about.
+        modality: of the only tokens that the block may get without the others.
+        router: one of ours in place of theirs.
+    """
+
+    keeps_weights = True  # see `initialise`
+
+    def __init__(
+        self,
+        theirs: nn.Module,
+        gate: Gate,
+        experts: nn.Module,
+        current: CurrentPass,
+        modality: Modality | None = None,
+        router: Router | None = None,
+    ) -> None:
+        FeedForward.__init__(self)  # the constructor of MoEFFN would build experts
+        self.dim, self.num_experts = gate.dim, gate.num_experts
+        self.router = TheirRouter(theirs, gate) if router is None else router
+        self.experts: ExpertStack = TheirExperts(experts, gate)
+        self.dispatcher = TheirDispatcher(experts)
+        self.capacity = self.factor_in_force = self.choose = None
+        self.free = self.shared = self.hidden_norm = self.shared_hidden_norm = None
+        self.path = ""
+        self.current, self.modality, self.order = current, modality, gate
+
+    def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":  # type: ignore[override]
+        """Route the tokens, and return what their block expects of its router."""
+        tokens_TD = hidden.reshape(-1, hidden.shape[-1])
+        places = self.current.place(tokens_TD, self.modality)
+        if isinstance(self.router, TheirRouter):
+            if self.precision.dtype_of("router") not in (None, "float32"):
+                raise UserError(
+                    f"model.precision.router = {self.precision.dtype_of('router')} reaches no router of transformers, "
+                    "which computes in a dtype of its own: set it to float32 or null, or name a router of ours in "
+                    "model.backbone.router"
+                )
+            plan = self.router(places.inputs, hidden, more, named)
+            made, results = self.router.take_last()
+            triple = Triple(results if plan is made else self._replace(plan, results))
+        else:
+            plan = self._route(places.inputs)
+            triple = _answer(plan, hidden.dtype)
+        tokens = self.current.tokens
+        whole = plan if places.index_T is None else spread(plan, places.index_T, tokens)
+        modalities = tokens.modalities if self.modality is None or places.index_T is None else (self.modality,)
+        routed = RoutedPlan(self.path, modalities, whole)
+        self.current.record(routed)
+        triple.plans = (routed,)
+        return triple
+
+    def _route(self, inputs: RoutingInput) -> PairPlan:
+        with region(self.precision, "router", inputs.tokens_TD.device.type) as cast:
+            inputs = inputs._replace(tokens_TD=cast(inputs.tokens_TD))
+            if self.choose is not None and self.training:
+                inputs = inputs._replace(expert_TK=self.choose(inputs))
+            plan = self.router(inputs)
+        assert isinstance(plan, PairPlan), "checked when it was adopted"
+        return plan
+
+    def _replace(self, plan: PairPlan, results: tuple[Tensor, ...]) -> list[Tensor]:
+        """Return their results with weights and indices of another plan, which a hook has made of their router's."""
+        answer = list(results)
+        weight_TK = plan.weight_N.view(-1, plan.num_tokens).t()
+        for place, values_TK in ((self.order.indices, list_choices(plan)), (self.order.weights, weight_TK)):
+            like = results[place]
+            answer[place] = values_TK.to(like.dtype).reshape(like.shape)
+        return answer
+
+    def idle_parameters(self) -> float:
+        """Parameters of the experts that a token does not visit."""
+        stored = sum(parameter.numel() for parameter in self.experts.parameters())
+        return stored * (1 - min(1.0, self.router.experts_per_token / self.num_experts))
+
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Router and the experts that run; what the backward pass keeps is that of a gated feed-forward."""
+        total = sum(num_tokens.values())
+        rows = total * self.router.experts_per_token
+        return Costs(
+            router=float(self.router.forward_flops_per_token() * total),
+            experts=rows * self.experts.forward_flops_per_row(),
+            kept_by_norms=2.0 * total * self.num_experts,
+            kept_by_products=total * self.dim + rows * self.experts.forward_flops_per_row() / 2 / self.dim,
+        )
+
+
+def _answer(plan: PairPlan, dtype: torch.dtype) -> "Triple":
+    """Return what a block expects of its router, from a plan of ours.
+
+    Choices that the plan does not use weigh 0. Padding runs as it does in their model, so that nothing differs.
+    """
+    used_N = plan.chosen_N | ~plan.valid_T[plan.token_N]
+    weight_TK = torch.where(used_N, plan.weight_N, 0.0).view(-1, plan.num_tokens).t()
+    return Triple((plan.logits_TE, weight_TK.to(dtype).contiguous(), list_choices(plan).contiguous()))
+
+
+class Triple(tuple):
+    """The results of a router in their order, with the plans that they stand for."""
+
+    plans: tuple[RoutedPlan, ...] = ()
+
+
+class TheirExperts(ExpertStack):
+    """A view of experts that belong to another module.
+
+    Args:
+        theirs: with stacked weights; experts in a list have no stacks.
+        gate: of their router.
+    """
+
+    def __init__(self, theirs: nn.Module, gate: Gate) -> None:
+        super().__init__(gate.dim, gate.num_experts, hidden_dim=1)
+        self._theirs = (theirs,)  # in a tuple: not a part, or its weights would be in the checkpoint twice
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Return those of the experts."""
+        return self._theirs[0].named_parameters(*args, **kwargs)
+
+    def stacks(self) -> tuple[Tensor, ...]:
+        """Return their weights as (E, in, out); of a gate and its values in one matrix, the gate alone."""
+        theirs = self._theirs[0]
+        found = [parameter for parameter in theirs.parameters(recurse=False) if parameter.ndim == 3]
+        turned = [each if getattr(theirs, "is_transposed", False) else each.transpose(1, 2) for each in found]
+        if not turned or not getattr(theirs, "has_gate", False):
+            return tuple(turned)
+        first = turned[0]
+        first = first[..., : first.shape[-1] // 2] if getattr(theirs, "is_concatenated", True) else first[..., ::2]
+        return (first, *turned[1:])
+
+    def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
+        """Their block runs them."""
+        raise NotImplementedError
+
+    def forward_flops_per_row(self) -> int:
+        """2 FLOPs for each number of one expert's matrices."""
+        return 2 * sum(p.numel() for p in self._theirs[0].parameters() if p.ndim >= 2) // self.num_experts
+
+
+class TheirDispatcher(Dispatcher):
+    """Names the way in which transformers runs the experts.
+
+    Args:
+        theirs: the experts.
+    """
+
+    def __init__(self, theirs: nn.Module) -> None:
+        self._theirs = (theirs,)
+
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Their block runs them."""
+        raise NotImplementedError
+
+    def record(self) -> str:
+        """Return the back-end of the configuration."""
+        config = getattr(self._theirs[0], "config", None)
+        return f"transformers, {getattr(config, '_experts_implementation', None) or 'eager'}"
+
+    def in_use(self) -> tuple[str, ...]:
+        """Return the same."""
+        return (self.record(),)

@@ -1,0 +1,74 @@
+"""Walks every family with experts of the installed transformers; its table is the one in the guide.
+
+`make families` writes the table anew.
+"""
+
+import copy
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
+
+import transformers
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.backbones import adopted
+from lightning_moevlm.model.backbones.adopted.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.seam import find_seams
+from tests.model.backbones.adopted.families import families, tiny
+from tests.model.backbones.adopted.test_adopt import assert_equal
+
+GUIDE = Path(adopted.__file__).with_name("README.md")
+_BEGIN, _END = "<!-- families -->\n", "<!-- end of families -->\n"
+
+pytestmark = [
+    pytest.mark.slow,  # 71 models, each forward and backward twice: a minute
+    pytest.mark.skipif(transformers.__version__ != "5.23.0", reason="the table is that of the pinned version"),
+]
+
+
+def row(family: str) -> tuple[bool, str]:
+    """Return whether the family is adopted, and its line of the table; an adopted one that is not exact fails."""
+    torch.manual_seed(0)
+    theirs = tiny(family).train()
+    ours, current = copy.deepcopy(theirs), CurrentPass()
+    try:
+        layers = adopt(ours, current)
+    except UserError:
+        _, refusals = find_seams(theirs)
+        reason = refusals[0].reason if refusals else "it has no router beside its experts"
+        return False, f"| {family} | no | {reason} |"
+    plans = assert_equal(theirs, ours, current)
+    assert 0 < len(plans) <= len(layers)
+    seams, _ = find_seams(theirs)
+    facts = sorted({f"{seam.gate.score or 'its own (entropy and losses read softmax)'}" for seam in seams})
+    isolated = ", experts of one modality" if any(seam.modality is not None for seam in seams) else ""
+    return True, f"| {family} | exactly | {', '.join(facts)}{isolated} |"
+
+
+def test_families_are_adopted_exactly_or_refused_with_a_reason() -> None:
+    names = families()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        found = [row(family) for family in names]
+    count = sum(is_adopted for is_adopted, _ in found)
+    assert count >= 58
+    lines = [
+        f"{count} of the {len(names)} families with experts in transformers {transformers.__version__} are adopted.\n",
+        "| family | adopted | score of its router, or the reason why not |",
+        "|---|---|---|",
+        *(line for _, line in found),
+    ]
+    table = "\n".join(lines) + "\n"
+    text = GUIDE.read_text("utf-8")
+    before, rest = text.split(_BEGIN)
+    written, after = rest.split(_END)
+    if os.environ.get("MOEVLM_WRITE_GOLDEN") == "1":
+        GUIDE.write_text(f"{before}{_BEGIN}{table}{_END}{after}", "utf-8")
+    else:
+        assert written == table
