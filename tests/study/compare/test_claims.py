@@ -59,6 +59,9 @@ def test_holm_corrects_over_claims_and_leaves_controls_apart(tmp_path):
     assert (verdicts[0], verdicts[-1]) == ("not seen", "reproduced")
     assert result.claims[0].effect.p_adjusted == pytest.approx(8 * result.claims[-1].effect.p_adjusted)
     assert describe_findings(result)[:2] == ("Published claims: 8 not seen.", "Controls: 1 reproduced.")
+    assert describe_findings(result)[2].endswith(
+        "Note: its interval excludes 0, but p = 0.0576 over the study's comparisons."
+    )
     _, verdicts = verdicts_of(tmp_path, *claims, final=final)
     assert verdicts[0] == "reproduced"
 

@@ -60,7 +60,8 @@ def _sentence(result: StudyResult, one: ClaimResult) -> str:
     if one.effect.centre is None or one.effect.interval is None:
         return start
     size = f"{format_signed(one.effect.centre)} {format_interval(one.effect.interval)}"
-    return f"{start} Here {title} differs by {size} ({len(one.effect.seeds)} seeds; expected: {one.claim.expected})."
+    text = f"{start} Here {title} differs by {size} ({len(one.effect.seeds)} seeds; expected: {one.claim.expected})."
+    return f"{text} Note: {one.effect.note}." if one.effect.note else text
 
 
 def _number(result: StudyResult, one: ClaimResult) -> str:
