@@ -50,7 +50,7 @@ def run(
         jobs: Runs at once; by default one per GPU, or one per core without a GPU; unlimited on a cluster.
         retry: Run failed runs again, from step 0; one that --timeout_minutes ended resumes from its last checkpoint.
         only: Runs to train, arm=NAME[,NAME] or seed=NUMBER. May be repeated; then only runs that match all of them
-            are selected.
+            are selected. The matrix of a folder is then of these seeds; where arms are named no cell is repeated.
         engine: Engine of the runs: local, slurm or ray, with its own options, e.g. --engine.num_gpus 1.
         timeout_minutes: Longest time of a run in minutes, without its wait for a cluster; a run that takes longer is
             stopped and counts as failed; null: no limit.
@@ -64,7 +64,7 @@ def run(
         raise UserError(f"--timeout_minutes is {timeout_minutes:g}; give more than 0, or leave it out for no limit")
     chosen = _build(engine)
 
-    def run_study(planned: Plan) -> int:
+    def run_study(planned: Plan, part: Sequence[str]) -> int:
         return sweep.run(
             planned,
             _builders,
@@ -72,16 +72,16 @@ def run(
             chosen,
             jobs,
             timeout_minutes,
-            only=only or (),
+            only=part,
             retry=retry,
             reuse=reuse,
             retrain=retrain,
         )
 
     if cure_folder.is_folder(file):
-        cures = cure_folder.plan_folder(file, _builders)
-        return cure_folder.run(cures, _builders, console(), run_study, fresh=not only)
-    return run_study(sweep.plan(file, _builders))
+        cures = cure_folder.plan_folder(file, _builders, only or ())
+        return cure_folder.run(cures, _builders, console(), run_study)
+    return run_study(sweep.plan(file, _builders), only or ())
 
 
 def status(file: str, json: str | None = None, only: list[str] | None = None) -> None:
@@ -120,14 +120,18 @@ def report(
         _show(((), sweep.list_results(planned, records, unfair)), json)
 
 
-def matrix(folder: str, json: str | None = None) -> None:
+def matrix(folder: str, json: str | None = None, only: list[str] | None = None) -> None:
     """Draw the matrix of illnesses and cures from what the cure studies of a folder have run, without training.
 
     Args:
         folder: Folder of cure studies, e.g. ablations/cures. `moevlm sweep run FOLDER` trains what is missing.
         json: Write the matrix to this file as JSON instead; - is standard output.
+        only: Seeds to draw, seed=NUMBER[,NUMBER]; the other seeds of the studies then count nowhere.
     """
-    cures = cure_folder.plan_folder(folder, _builders)
+    for text in only or ():
+        if not text.startswith("seed="):
+            raise UserError(f"--only {text}: a matrix has every arm; give seed=NUMBER[,NUMBER]")
+    cures = cure_folder.plan_folder(folder, _builders, only or ())
     if json is None:
         cure_folder.draw(cures, _builders, console())
     else:

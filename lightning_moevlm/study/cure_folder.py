@@ -16,6 +16,7 @@ from lightning_moevlm.study import sweep
 from lightning_moevlm.study.declare.study_file import read_study
 from lightning_moevlm.study.plan.plan_study import plan_study
 from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.plan.selection import keep_seeds
 from lightning_moevlm.study.run.ledger import read_ledger
 from lightning_moevlm.study.run.mlflow_runs import find_tracking_uri, open_experiment
 from lightning_moevlm.study.sweep import Builders
@@ -25,8 +26,8 @@ if TYPE_CHECKING:
 
     from lightning_moevlm.study.matrix.records import Matrix, Row
 
-RunStudy = Callable[[Plan], int]
-"""Trains the missing runs of a plan; returns an exit code."""
+RunStudy = Callable[[Plan, Sequence[str]], int]
+"""Trains the missing runs of a plan, or the part of them that a selection names; returns an exit code."""
 
 _STOPPED = 130
 
@@ -37,6 +38,7 @@ class CureFolder:
 
     folder: str  # as the command takes it
     plans: tuple[Plan, ...]  # in the order of the files' names
+    only: tuple[str, ...] = ()  # selects the runs to train; the matrix is of the selected seeds
 
     @property
     def name(self) -> str:
@@ -49,8 +51,13 @@ def is_folder(path: str) -> bool:
     return find_folder(Path(path)) is not None
 
 
-def plan_folder(path: str, builders: Callable[[], Builders]) -> CureFolder:
+def plan_folder(path: str, builders: Callable[[], Builders], only: Sequence[str] = ()) -> CureFolder:
     """Read and plan the cure studies of a folder.
+
+    Args:
+        path: The folder.
+        builders: Functions of the folders above.
+        only: Runs to train and to draw, `arm=NAME[,NAME]` or `seed=NUMBER[,NUMBER]`.
 
     Raises:
         UserError: There is no such folder or no study in it, one of them has another design, or cannot be planned.
@@ -65,27 +72,26 @@ def plan_folder(path: str, builders: Callable[[], Builders]) -> CureFolder:
         design = read_study(file).comparison.design
         if design is None or design.cure_study is None:
             raise UserError(f"{file}: not a cure study; give it the design `cures`, or move it out of {path}")
-    return CureFolder(path.rstrip("/"), tuple(sweep.plan(str(file), builders) for file in files))
+    return CureFolder(path.rstrip("/"), tuple(sweep.plan(str(file), builders) for file in files), tuple(only))
 
 
-def run(
-    cures: CureFolder, builders: Callable[[], Builders], terminal: "Console", run_study: RunStudy, fresh: bool
-) -> int:
+def run(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console", run_study: RunStudy) -> int:
     """Train what is missing, draw the matrix, then repeat its strongest cells on fresh seeds and draw it again.
+
+    Where arms are selected nothing is repeated: that is a look at a part.
 
     Args:
         cures: The planned studies.
         builders: Functions of the folders above.
         terminal: For the reader.
         run_study: Trains one study.
-        fresh: Whether to repeat the strongest cells.
     """
-    code = _run_each(cures.plans, run_study)
+    code = _run_each(cures.plans, run_study, cures.only)
     if code == _STOPPED:
         return code
     _, repetitions = draw(cures, builders, terminal)
-    if fresh and repetitions:
-        code = max(code, _run_each(repetitions, run_study))
+    if repetitions and not any(text.startswith("arm=") for text in cures.only):
+        code = max(code, _run_each(repetitions, run_study, ()))
         if code != _STOPPED:
             draw(cures, builders, terminal)
     return code
@@ -93,7 +99,7 @@ def run(
 
 def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console") -> tuple["Matrix", tuple[Plan, ...]]:
     """Draw the matrix of what has run, write it, log it to MLflow and print the finding; return as `collect`."""
-    from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
+    from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows
     from lightning_moevlm.study.matrix.write_matrix import log_matrix, write_matrix
 
     matrix, repetitions = collect(cures, builders())
@@ -102,7 +108,8 @@ def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console
         page = write_matrix(matrix, folder)
     if any(row.damage is not None for row in matrix.rows):
         log_matrix(open_experiment(find_tracking_uri(cures.plans[0]), folder.name), matrix, folder)
-    for line in (*describe_rows(matrix), describe_missing(matrix), f"Matrix with all numbers: {page.absolute()}"):
+    told = (*describe_rows(matrix), describe_fresh(matrix), describe_missing(matrix), matrix.part)
+    for line in (*told, f"Matrix with all numbers: {page.absolute()}"):
         if line:
             terminal.print(line, highlight=False, soft_wrap=True, markup=False)
     return matrix, repetitions
@@ -113,13 +120,14 @@ def collect(cures: CureFolder, make: Builders) -> tuple["Matrix", tuple[Plan, ..
     from lightning_moevlm.study.matrix.judge_matrix import make_matrix
     from lightning_moevlm.study.matrix.strongest import FRESH
 
-    rows = [_collect_row(planned) for planned in cures.plans]
-    first = make_matrix(cures.name, cures.folder, rows, {})
+    plans = [keep_seeds(planned, cures.only) for planned in cures.plans]
+    rows, part = [_collect_row(planned) for planned in plans], _describe_part(cures.plans, plans)
+    first = make_matrix(cures.name, cures.folder, rows, {}, part)
     if first.missing:
         return first, ()
     repetitions = _plan_repetitions(cures, first, make)
     fresh = {planned.comparison.name.removesuffix(FRESH): _collect_row(planned) for planned in repetitions}
-    return make_matrix(cures.name, cures.folder, rows, fresh), repetitions
+    return make_matrix(cures.name, cures.folder, rows, fresh, part), repetitions
 
 
 def list_rows(cures: CureFolder, builders: Callable[[], Builders]) -> list[dict[str, object]]:
@@ -129,11 +137,21 @@ def list_rows(cures: CureFolder, builders: Callable[[], Builders]) -> list[dict[
     return [to_json(row) for row in collect(cures, builders())[0].rows]
 
 
-def _run_each(plans: Sequence[Plan], run_study: RunStudy) -> int:
+def _describe_part(all_plans: Sequence[Plan], plans: Sequence[Plan]) -> str:
+    """Return which seeds are drawn, if others are left out."""
+    seeds = {seed: None for planned in plans for seed in planned.comparison.seeds}
+    every = {seed: None for planned in all_plans for seed in planned.comparison.seeds}
+    if seeds == every:
+        return ""
+    left_out = ", ".join(str(seed) for seed in every if seed not in seeds)
+    return f"This matrix is of the seeds {', '.join(map(str, seeds))} alone; {left_out} are left out."
+
+
+def _run_each(plans: Sequence[Plan], run_study: RunStudy, only: Sequence[str]) -> int:
     """Train each study; return the largest exit code, or that of a stop, which ends it."""
     code = 0
     for planned in plans:
-        code = max(code, run_study(planned))
+        code = max(code, run_study(planned, only))
         if code == _STOPPED:
             break
     return code

@@ -22,7 +22,7 @@ FAMILIES = (
 )
 
 
-def make_matrix(name: str, folder: str, rows: Sequence[Row], fresh: Mapping[str, Row]) -> Matrix:
+def make_matrix(name: str, folder: str, rows: Sequence[Row], fresh: Mapping[str, Row], part: str = "") -> Matrix:
     """Judge all rows together.
 
     Args:
@@ -30,11 +30,12 @@ def make_matrix(name: str, folder: str, rows: Sequence[Row], fresh: Mapping[str,
         folder: As the command takes it.
         rows: Each judged cell by cell.
         fresh: Rows of the repetitions, by illness.
+        part: Which seeds it is of, in words; empty for all.
     """
     rows = _judge_damages(rows)
     repeated = dict(zip(fresh, _judge_damages(list(fresh.values())), strict=True))
     judged = [_attach_fresh(_judge_cells(row), repeated.get(row.illness)) for row in rows]
-    return Matrix(name, folder, tuple(judged), _judge_side_effects(rows))
+    return Matrix(name, folder, tuple(judged), _judge_side_effects(rows), part)
 
 
 def _judge_damages(rows: Sequence[Row]) -> list[Row]:

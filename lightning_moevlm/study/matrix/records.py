@@ -6,7 +6,7 @@ from typing import Literal
 
 from lightning_moevlm.study.declare.designs.design import Claim
 from lightning_moevlm.study.matrix.signs import SignLead
-from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect
+from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict
 from lightning_moevlm.study.statistics.cures.damage import Damage
 from lightning_moevlm.study.statistics.effects import Effect
 from lightning_moevlm.study.statistics.outcomes.arm_stability import Recovery
@@ -54,6 +54,16 @@ class Cell:
         if self.effect is None or self.fresh is None:
             return None
         return self.effect.verdict is self.fresh.verdict
+
+    @property
+    def agreement(self) -> str:
+        """The same in words; a cure that works on both may work better on one."""
+        if self.effect is None or self.fresh is None:
+            return ""
+        if self.agrees:
+            return "agree"
+        both = {self.effect.verdict, self.fresh.verdict} == {CureVerdict.CURES, CureVerdict.HELPS}
+        return "differ, both work" if both else "differ"
 
 
 @dataclass(frozen=True)
@@ -127,6 +137,8 @@ class Matrix:
     rows: tuple[Row, ...]
     side_effects: tuple[SideEffect, ...]
     """One per cure and healthy model, over all studies."""
+    part: str = ""
+    """Which seeds it is of, in words; empty for all."""
     cures: tuple[str, ...] = field(init=False)
     """The columns: those that most illnesses have first."""
 
@@ -137,6 +149,11 @@ class Matrix:
                 for cure in cell.cures if cell.kind == "alone" else ():
                     counts[cure] = counts.get(cure, 0) + 1
         object.__setattr__(self, "cures", tuple(sorted(counts, key=lambda cure: -counts[cure])))
+
+    @property
+    def repeated(self) -> tuple[tuple[str, Cell], ...]:
+        """The cells that were repeated on fresh seeds, each with its illness."""
+        return tuple((row.illness, cell) for row in self.rows for cell in row.cells if cell.fresh is not None)
 
     @property
     def missing(self) -> Mapping[str, tuple[str, ...]]:

@@ -8,6 +8,7 @@ from lightning_moevlm.study.matrix.texts import (
     describe_cell,
     describe_cost,
     describe_damage,
+    describe_fresh,
     describe_share,
     describe_side_effect,
     describe_stable,
@@ -232,8 +233,7 @@ def side_effect_table(matrix: Matrix) -> Table:
 
 def fresh_table(matrix: Matrix) -> Table:
     """Return the strongest cells beside their repetition on fresh seeds."""
-    cells = [(row.illness, cell) for row in matrix.rows for cell in row.cells if cell.fresh is not None]
-    agree = sum(cell.agrees is True for _, cell in cells)
+    cells = matrix.repeated
     rows = tuple(
         (
             illness,
@@ -242,7 +242,7 @@ def fresh_table(matrix: Matrix) -> Table:
             str(cell.effect.verdict) if cell.effect else NOTHING,
             describe_share(cell.fresh),
             str(cell.fresh.verdict) if cell.fresh else NOTHING,
-            "agree" if cell.agrees else "differ",
+            cell.agreement,
         )
         for illness, cell in cells
     )
@@ -250,7 +250,7 @@ def fresh_table(matrix: Matrix) -> Table:
         "The strongest cells again, on fresh seeds",
         ("illness", "cure", "share undone", "verdict", "on fresh seeds", "verdict there", "verdicts"),
         rows,
-        (f"{agree} of {len(rows)} verdicts agree. The cells were chosen by the first seeds alone.",),
+        (describe_fresh(matrix), "The cells were chosen by the first seeds alone: those that are shown to do most."),
     )
 
 
@@ -296,5 +296,5 @@ def _how_sure(row: Row, cell: Cell | None) -> str:
     seeds = f"{len(row.seeds)} seeds"
     if cell is None:
         return f"damage {describe_damage(row)}, {seeds}"
-    again = {True: "; fresh seeds agree", False: "; fresh seeds differ", None: ""}[cell.agrees]
+    again = f"; fresh seeds {cell.agreement}" if cell.agreement else ""
     return f"{describe_cell(cell)}; {seeds}{again}"

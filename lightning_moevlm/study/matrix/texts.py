@@ -70,6 +70,15 @@ def describe_rows(matrix: Matrix) -> tuple[str, ...]:
     return tuple(_describe_row(row) for row in matrix.rows)
 
 
+def describe_fresh(matrix: Matrix) -> str:
+    """Return how many of the repeated cells got the same verdict on fresh seeds; empty if none was repeated."""
+    cells = [cell for _, cell in matrix.repeated]
+    if not cells:
+        return ""
+    agree = sum(cell.agrees is True for cell in cells)
+    return f"{agree} of the {len(cells)} strongest cells got the same verdict on fresh seeds."
+
+
 def describe_missing(matrix: Matrix) -> str:
     """Return a sentence on runs without a result; empty if all have one."""
     count = sum(map(len, matrix.missing.values()))

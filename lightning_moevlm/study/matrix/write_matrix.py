@@ -10,7 +10,7 @@ from lightning_moevlm.study.matrix.figure import draw_matrix
 from lightning_moevlm.study.matrix.records import Matrix
 from lightning_moevlm.study.matrix.surprises import describe_surprises, find_surprises
 from lightning_moevlm.study.matrix.tables import all_tables, share_table
-from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
+from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows
 from lightning_moevlm.study.report.make_report import PACKAGES
 from lightning_moevlm.study.report.mlflow_summary import log_to_summary
 from lightning_moevlm.study.report.render import render
@@ -29,7 +29,7 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
     values = {
         "matrix": matrix,
         "figure": figure,
-        "finding": describe_rows(matrix),
+        "finding": tuple(filter(None, (*describe_rows(matrix), describe_fresh(matrix)))),
         "surprises": describe_surprises(matrix),
         "missing": describe_missing(matrix),
         "written": time.strftime("%Y-%m-%d %H:%M"),

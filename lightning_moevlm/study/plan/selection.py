@@ -38,3 +38,19 @@ def select(plan: Plan, only: Sequence[str]) -> Plan:
     runs = tuple(run for run in plan.runs if run.arm in arms and str(run.seed) in seeds)
     part = dataclasses.replace(plan.comparison, arms=tuple(arm for arm in plan.comparison.arms if arm.name in arms))
     return dataclasses.replace(plan, runs=runs, study=dataclasses.replace(plan.study, comparison=part))
+
+
+def keep_seeds(plan: Plan, only: Sequence[str]) -> Plan:
+    """Return the plan as if its study had the selected seeds alone, with every arm.
+
+    Args:
+        plan: All runs.
+        only: As for `select`; what it says of arms is left aside.
+
+    Raises:
+        UserError: The study has no such seed.
+    """
+    seeds = {run.seed for run in select(plan, [text for text in only if text.startswith("seed=")]).runs}
+    part = dataclasses.replace(plan.comparison, seeds=tuple(seed for seed in plan.comparison.seeds if seed in seeds))
+    runs = tuple(run for run in plan.runs if run.seed in seeds)
+    return dataclasses.replace(plan, runs=runs, study=dataclasses.replace(plan.study, comparison=part))

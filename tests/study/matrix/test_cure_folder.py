@@ -1,6 +1,7 @@
 """A folder of cure studies, from empty to the repetition of its strongest cells, in a real MLflow store."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from rich.console import Console
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study import cure_folder
 from lightning_moevlm.study.plan.planned_run import Plan
+from lightning_moevlm.study.plan.selection import select
 from lightning_moevlm.study.sweep import Builders
 from lightning_moevlm.tracking.read.runs import find_runs
 from tests.study.matrix.cure_runs import fill_store, loss_by_share, write_cures
@@ -35,15 +37,16 @@ def test_a_folder_is_run_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatc
 
     trained: list[tuple[str, int]] = []
 
-    def run_study(planned: Plan) -> int:
+    def run_study(planned: Plan, only: Sequence[str]) -> int:
+        assert only == ()
         trained.append((planned.comparison.name, fill_store(planned, uri, loss_by_share(warm=1.0))))
         return 0
 
-    assert cure_folder.run(cures, builders, told, run_study, fresh=True) == 0
+    assert cure_folder.run(cures, builders, told, run_study) == 0
     assert trained == [("chill", 6), ("fever", 6), ("chill_fresh", 6), ("fever_fresh", 6)]
     assert "fever (+" in told.export_text()
     trained.clear()
-    assert cure_folder.run(cures, builders, told, run_study, fresh=True) == 0
+    assert cure_folder.run(cures, builders, told, run_study) == 0
     assert [count for _, count in trained] == [0, 0, 0, 0]  # nothing is left to do
     [fever] = [row for row in cure_folder.list_rows(cures, builders) if row["illness"] == "fever"]
     assert fever["cells"][0]["fresh"]["share"] == pytest.approx(1.0, abs=0.02)  # type: ignore[index]
@@ -55,6 +58,38 @@ def test_a_folder_is_run_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatc
     }
 
 
+def test_a_part_of_the_seeds_is_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Seeds that are left out are missing nowhere; arms that are named are a look at a part, and repeat nothing."""
+    monkeypatch.chdir(tmp_path)
+    design = {"all": [], "on_healthy": [], "fresh_seeds": [7, 8]}
+    write_cures(tmp_path / "cures", "fever", ("warm",), uri, design=design, seeds=[0, 1, 2])
+    told = Console(record=True, width=200, file=(tmp_path / "out.txt").open("w"))
+    calls: list[tuple[str, tuple[str, ...]]] = []
+
+    def run_study(planned: Plan, only: Sequence[str]) -> int:
+        calls.append((planned.comparison.name, tuple(only)))
+        fill_store(select(planned, only), uri, loss_by_share(warm=1.0))
+        return 0
+
+    arms = ("arm=healthy,sick",)
+    assert cure_folder.run(cure_folder.plan_folder("cures", builders, arms), builders, told, run_study) == 0
+    part = ("seed=0,1",)
+    cures = cure_folder.plan_folder("cures", builders, part)
+    assert cure_folder.run(cures, builders, told, run_study) == 0
+    assert calls == [("fever", arms), ("fever", part), ("fever_fresh", ())]
+    told.export_text()
+    matrix, _ = cure_folder.draw(cures, builders, told)
+    [fever] = matrix.rows
+    assert (fever.seeds, matrix.missing) == ((0, 1), {})
+    text = told.export_text()
+    assert "This matrix is of the seeds 0, 1 alone; 2 are left out." in text
+    assert "1 of the 1 strongest cells got the same verdict on fresh seeds." in text
+    whole, _ = cure_folder.draw(cure_folder.plan_folder("cures", builders), builders, told)
+    assert (whole.part, len(whole.missing["fever"])) == ("", 1)
+    with pytest.raises(UserError, match=r"fever has no seed '9'"):
+        cure_folder.draw(cure_folder.plan_folder("cures", builders, ("seed=9",)), builders, told)
+
+
 def test_a_stopped_study_stops_the_folder(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("fever", "chill"):
@@ -62,11 +97,11 @@ def test_a_stopped_study_stops_the_folder(uri: str, tmp_path: Path, monkeypatch:
     cures = cure_folder.plan_folder("cures", builders)
     ran: list[str] = []
 
-    def run_study(planned: Plan) -> int:
+    def run_study(planned: Plan, only: Sequence[str]) -> int:
         ran.append(planned.comparison.name)
         return 130
 
-    assert cure_folder.run(cures, builders, Console(quiet=True), run_study, fresh=True) == 130
+    assert cure_folder.run(cures, builders, Console(quiet=True), run_study) == 130
     assert ran == ["chill"]
     assert not (tmp_path / "runs/sweeps/cures_matrix").exists()
 
