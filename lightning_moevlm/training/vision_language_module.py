@@ -29,7 +29,8 @@ from lightning_moevlm.training.actions import Action, ActionRunner, Actions, bui
 from lightning_moevlm.training.actions.loss_weights import LossWeights
 from lightning_moevlm.training.checkpoints.configured_options import ConfiguredOptions
 from lightning_moevlm.training.checkpoints.epoch_position import restore_epoch_position
-from lightning_moevlm.training.checkpoints.init_from import InitFrom, start_from
+from lightning_moevlm.training.checkpoints.init_from import InitFrom
+from lightning_moevlm.training.checkpoints.init_optimizer import StartFrom
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups
 from lightning_moevlm.training.checkpoints.partial_step import (
     PartialStep,
@@ -163,8 +164,6 @@ class VisionLanguageModule(LightningModule):
         """Refuse an unsuited trainer; keep pinned regions in fp32, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
             trainer_checks.refuse_unsuited_trainer(self.trainer)
-        if stage == "fit" and self.init_from is not None and self.trainer.ckpt_path is None:
-            start_from(self, self.init_from)
         trainer_checks.refuse_other_sources(self.trainer, self.objective)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
@@ -255,8 +254,9 @@ class VisionLanguageModule(LightningModule):
         self._partial_step = checkpoint.get("partial_step")
 
     def configure_callbacks(self) -> list[Callback]:
-        """Add the callbacks that every run needs: actions after each step, and the report of unused parameters."""
-        return [UnusedParameters(self.objective), *([] if self.action_runner is None else [self.action_runner])]
+        """Add the callbacks that every run needs: start, actions after each step, report of unused parameters."""
+        every = [StartFrom(self.init_from, self.optimizer_factory), UnusedParameters(self.objective)]
+        return every if self.action_runner is None else [*every, self.action_runner]
 
     @property
     def current_weights(self) -> dict[str, float | Tensor]:

@@ -1,7 +1,8 @@
 """Starts training from the weights of another run: whole, by parts, or a dense model's in a mixture of experts.
 
 Sparse upcycling (arXiv 2212.05055, section 3): every expert starts as a copy of the dense feed-forward in its place, or
-of the only expert there (MoMa, arXiv 2407.21770, section 2.5), and routers start anew. Drop-Upcycling (2502.19261,
+of the only expert there (MoMa, arXiv 2407.21770, section 2.5), and routers start anew. The optimiser's state may come
+along (`init_optimizer.py`). Drop-Upcycling (2502.19261,
 section 3.2): in each expert a share of the hidden units, drawn for it alone, starts from normal numbers of the mean and
 standard deviation of the units that they replace.
 """
@@ -65,18 +66,32 @@ class InitFrom:
         parts: beginnings of names that are taken, such as backbone.patches; * stands for a number, null takes all that
             both models have.
         upcycle: lets experts start from dense feed-forwards; null takes experts from experts alone.
+        optimizer_state: true takes the state of the other run's optimiser for all that is taken, copied for each expert
+            of an upcycled model; null starts it anew.
+
+    Raises:
+        UserError: the optimiser's state for units that start anew.
     """
 
     checkpoint: str
     parts: tuple[str, ...] | None = None
     upcycle: Upcycle | None = None
+    optimizer_state: bool | None = None
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself."""
+        if self.optimizer_state and self.upcycle is not None and self.upcycle.reinitialised:
+            raise UserError(
+                "model.init_from.optimizer_state is true, and upcycle.reinitialised lets units start anew, for which "
+                "the other run's optimiser has no state: set one of the two to null or 0"
+            )
 
 
 class Loaded(NamedTuple):
     """Names of tensors by what became of them."""
 
     taken: tuple[str, ...]  # as they were
-    upcycled: tuple[str, ...]  # experts that started from dense matrices
+    upcycled: Mapping[str, str]  # experts that started from dense matrices, with the names of these
     new: tuple[str, ...]  # of this model, with its own initial weights
     left: tuple[str, ...]  # of the checkpoint, unused
 
@@ -93,7 +108,7 @@ class Loaded(NamedTuple):
         return "\n".join(line.rstrip() for line in lines)
 
 
-def start_from(module: LightningModule, options: InitFrom) -> None:
+def start_from(module: LightningModule, options: InitFrom) -> Loaded:
     """Set the weights of a module from another run's checkpoint; print a table, and log every name as init_from.txt."""
     loaded = load_initial_weights(module, options)
     table = loaded.describe()
@@ -105,9 +120,15 @@ def start_from(module: LightningModule, options: InitFrom) -> None:
     names = [f"{kind} {name}" for kind, each in loaded._asdict().items() for name in each]
     receipt = [f"{path} differs from its dense start by {value:.3g}" for path, value in differences.items()]
     text = "\n".join([options.checkpoint, "", table, "", *receipt, "", *names]) + "\n"
+    log_text(module, "init_from.txt", text)
+    return loaded
+
+
+def log_text(module: LightningModule, file: str, text: str) -> None:
+    """Log a text file with the run."""
     for logger in module.loggers:
         if isinstance(logger, RunLogger):
-            logger.log_artifact_text("init_from.txt", text)
+            logger.log_artifact_text(file, text)
 
 
 def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
@@ -122,11 +143,13 @@ def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
     wanted = _select(options, here, there)
     taken = {name: there[name] for name in wanted if name in there}
     upcycled: dict[str, Tensor] = {}
+    dense_of: dict[str, str] = {}
     used = set(taken)
     for name in wanted if options.upcycle is not None else ():
         dense = _find_dense(name, there)
         if dense and options.upcycle is not None:
             upcycled[name] = _make_experts(name, there[dense], here[name].shape[0], options.upcycle)
+            dense_of[name] = dense
             taken.pop(name, None)
             used.add(dense)
     layers = _layers_of(upcycled)
@@ -154,7 +177,7 @@ def load_initial_weights(module: nn.Module, options: InitFrom) -> Loaded:
             here[name].copy_(value)
     new = tuple(name for name in here if name not in taken and name not in upcycled)
     left = tuple(name for name in there if name not in used)
-    return Loaded(tuple(taken), tuple(upcycled), new, left)
+    return Loaded(tuple(taken), dense_of, new, left)
 
 
 def _select(options: InitFrom, here: Mapping[str, Tensor], there: Mapping[str, Tensor]) -> list[str]:

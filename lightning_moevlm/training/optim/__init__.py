@@ -16,6 +16,7 @@ from lightning_moevlm.training.optim.parameter_groups import (
     ParameterGroup,
     build_optimizer,
     parameter_groups,
+    parameter_names,
 )
 from lightning_moevlm.training.optim.schedules.rate_jump import RateJump
 from lightning_moevlm.training.optim.schedules.warmup import WarmupSchedule
@@ -44,5 +45,6 @@ __all__ = [
     "ZClip",
     "build_optimizer",
     "parameter_groups",
+    "parameter_names",
     "round_state",
 ]

@@ -119,6 +119,13 @@ def parameter_groups(
     return groups
 
 
+def parameter_names(named: Iterable[tuple[str, nn.Parameter]]) -> list[str]:
+    """Return the names of trainable parameters in the order in which an optimiser's state numbers them."""
+    pairs = list(named)
+    name_of = {parameter: name for name, parameter in pairs}
+    return [name_of[parameter] for group in parameter_groups(pairs) for parameter in group["params"]]
+
+
 def build_optimizer(
     factory: Callable[[Iterable], Optimizer],
     named: Iterable[tuple[str, nn.Parameter]],

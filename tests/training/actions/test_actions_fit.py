@@ -20,6 +20,7 @@ from lightning_moevlm.model.routers import SigmoidBiasRouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import QKClip, ReviveDeadExperts, Rollback
 from lightning_moevlm.training.callbacks import DivergenceGuard, Telemetry
+from lightning_moevlm.training.checkpoints.init_optimizer import StartFrom
 from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 from tests.conftest import PROJECT
@@ -30,8 +31,8 @@ from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
 
 
 def test_without_actions_nothing_is_brought_along() -> None:
-    (brought,) = tiny_module(Actions()).configure_callbacks()
-    assert isinstance(brought, UnusedParameters)  # it acts on nothing
+    brought = tiny_module(Actions()).configure_callbacks()
+    assert [type(each) for each in brought] == [StartFrom, UnusedParameters]  # which act on nothing
 
 
 def test_attention_logits_are_measured_on_logging_steps_alone() -> None:
