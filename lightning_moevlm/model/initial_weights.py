@@ -74,6 +74,14 @@ class HasScales(Protocol):
         """Return the scale of each of its matrices that is not simply `std`, by its name in the module."""
 
 
+@runtime_checkable
+class DrawsItself(Protocol):
+    """A module with a rule of its own for its initial weights."""
+
+    def draw_weights(self, seed: int) -> None:
+        """Draw them; equal seeds give equal weights."""
+
+
 class _DrawnOnceBuilt(ABCMeta):
     """Draws the outermost module when its constructor is done, so that no weight is drawn once per level."""
 
@@ -128,6 +136,10 @@ def initialise(model: nn.Module, seed: int, std: float = 0.02) -> None:
     modules = dict(model.named_modules())
     scales = initial_scales(model, std)
     kept = _find_kept(modules)
+    above = getattr(model, "path_in_model", "")
+    for path, module in modules.items():
+        if isinstance(module, DrawsItself):
+            module.draw_weights(derive_seed(seed, _join(above, path) if path else above))
     for name, parameter in model.named_parameters():
         path, _, own_name = name.rpartition(".")
         owner = modules[path]

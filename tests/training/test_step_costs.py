@@ -23,11 +23,12 @@ from tests.small_model import small_limoe, small_vl_moe
 
 QUICK, LIMOE = "conf/quickstart.yaml", "conf/limoe_quickstart.yaml"
 OF_RUNS = ("callbacks", "data", "overlays")  # change no model
+ESTIMATED = "hugging_face"  # tests/model/backbones/adopted compares its costs
 CONFIGS = [
     path
     for path in (PROJECT / "conf").rglob("*.yaml")
     # a full batch has no answers as text, whose length the data decide
-    if path.parent.name not in OF_RUNS and path.stem != "vqa_as_text"
+    if path.parent.name not in (*OF_RUNS, ESTIMATED) and path.stem != "vqa_as_text"
 ]
 FAST = (QUICK, "conf/tasks/joint.yaml", "conf/routers/hash.yaml")
 SLOW = pytest.mark.slow(reason="a configuration of a size or kind that faster ones stand for")

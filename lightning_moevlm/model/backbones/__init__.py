@@ -1,6 +1,8 @@
 """Models: arrangements of layers."""
 
 from lightning_moevlm.contracts.model_card import ModelCard
+from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceModel
+from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.limoe import LIMoE
 from lightning_moevlm.model.backbones.model_costs import model_card, pair_costs
@@ -14,7 +16,9 @@ __all__ = [
     "BackboneOutput",
     "BackboneSpec",
     "ConnectorOptions",
+    "HuggingFaceModel",
     "LIMoE",
+    "LoRA",
     "MoEDecoder",
     "MoMa",
     "ModelCard",

@@ -30,6 +30,7 @@ class BackboneSpec:
         patch_size: pixels, height and width.
         vocab_size: V.
         max_text_len: longest text L.
+        predicts_text: the backbone has a head for next tokens, see `Backbone.predict_text`.
 
     Raises:
         UserError: a dimension of 0 or less.
@@ -40,10 +41,11 @@ class BackboneSpec:
     patch_size: int
     vocab_size: int
     max_text_len: int
+    predicts_text: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for entry in fields(self):
+        for entry in fields(self)[:-1]:
             check_number(entry.name, getattr(self, entry.name), least=1)
 
     @property
@@ -135,6 +137,10 @@ class Backbone(Module):
 
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""
+        raise NotImplementedError
+
+    def predict_text(self, features_MD: Tensor) -> Tensor:
+        """Return the logits of the token that follows, (M, V), of a backbone whose spec says `predicts_text`."""
         raise NotImplementedError
 
     @property

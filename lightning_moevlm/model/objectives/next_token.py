@@ -7,8 +7,9 @@
 With `answers_only`, a text is a question, [EOS] and its answer (`data.append_answer`), and what follows the first [EOS]
 alone is predicted (LLaVA, arXiv 2304.08485, section 4.2).
 
-Each term is the mean over predicted tokens, [EOS] included, in nats. Evaluation predicts every caption of an image. The
-backbone needs no `causal: true`: the mask is that of this pass. Its routers must not look ahead all the same.
+Each term is the mean over predicted tokens, [EOS] included, in nats. Evaluation predicts every caption of an image. A
+backbone with a head of its own predicts by it. It needs no `causal: true`: the mask is that of this pass. Its routers
+must not look ahead all the same.
 """
 
 from collections.abc import Mapping
@@ -68,7 +69,8 @@ class NextToken(Objective):
             raise UserError("both weights of NextToken are null: set caption_weight or text_weight to a number")
         self.answers_only = bool(answers_only)
         self.num_patches = spec.num_patches
-        self.text_head = TextHead(spec.dim, spec.vocab_size)
+        self.text_head = None if spec.predicts_text else TextHead(spec.dim, spec.vocab_size)
+        self.head_size = spec.dim * spec.vocab_size
         self.num_classes = dict.fromkeys(self.weights, spec.vocab_size)
 
     def can_use(self, batch: Batch) -> bool:
@@ -117,6 +119,8 @@ class NextToken(Objective):
 
     def logits(self, backbone: Backbone, features_MD: Tensor) -> Tensor:
         """Return the logits of the token that follows, (M, V)."""
+        if self.text_head is None:
+            return backbone.predict_text(features_MD)
         with region(self.precision, "heads", features_MD.device.type) as cast:
             return self.text_head.logits(cast(features_MD), cast(backbone.text_embedding_VD))
 
@@ -145,8 +149,9 @@ class NextToken(Objective):
         return super().costs(backbone, batch)
 
     def head_costs(self, predictions: Mapping[str, int]) -> Costs | None:
-        """Those of the text head."""
-        return self.text_head.costs(sum(predictions.values()))
+        """Those of the text head, or of the backbone's matrix for it."""
+        count = sum(predictions.values())
+        return Costs(heads=2.0 * self.head_size * count) if self.text_head is None else self.text_head.costs(count)
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
         """Add perplexity."""

@@ -32,7 +32,8 @@ from lightning_moevlm.training.optim.optimizers.muon import MuonAdamW
 from lightning_moevlm.training.optim.optimizers.stable_adamw import StableAdamW
 from lightning_moevlm.training.optim.tensor_roles import Role
 
-_VECTORS = ("token", "position", "mask", "modality")
+_VECTORS = ("token", "position", "mask", "modality", "embed_tokens", "pos_embed")
+_EDGES = ("patches", "lm_head")
 
 
 class ParameterGroup(TypedDict):
@@ -160,7 +161,7 @@ def role_of(name: str, parameter: nn.Parameter) -> Role:
         return "expert"
     if parameter.ndim == 3 and "shared" in parts:
         return "shared"
-    return "edge" if parts[0] == "objective" or "patches" in parts else "matrix"
+    return "edge" if parts[0] == "objective" or any(part in _EDGES for part in parts) else "matrix"
 
 
 def _decays_weights(optimizer: Optimizer) -> bool:

@@ -28,6 +28,11 @@ def adopt(model: nn.Module, current: CurrentPass, make_router: MakeRouter | None
     Raises:
         UserError: the model has no mixture that can be adopted, or one that cannot.
     """
+    if getattr(model, "_tp_size", None) or getattr(model, "_device_mesh", None) is not None:
+        raise UserError(
+            f"{type(model).__name__} shards its experts or tensors over devices, and its routers then name experts of "
+            "one device: load it without tensor or expert parallelism"
+        )
     seams, refusals = find_seams(model)
     if refusals:
         first = refusals[0]

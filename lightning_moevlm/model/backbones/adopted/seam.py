@@ -107,7 +107,7 @@ def _examine(block: nn.Module, gate: nn.Module, experts: nn.Module) -> Gate | st
     complaints: list[str] = []
     for dim in _widths(gate, experts):
         for shape in ((_NUM_TRIALS, dim), (1, _NUM_TRIALS, dim)):
-            hidden = torch.randn(shape, generator=torch.Generator().manual_seed(dim))
+            hidden = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(dim), device="cpu")
             try:
                 with torch.no_grad():
                     results = trial(hidden, **more)
@@ -132,9 +132,9 @@ def _more_arguments(gate: nn.Module, block: nn.Module) -> tuple[dict[str, Tensor
         if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
             continue
         if each.name == "input_ids":
-            found[each.name] = torch.zeros(1, _NUM_TRIALS, dtype=torch.int64)
+            found[each.name] = torch.zeros(1, _NUM_TRIALS, dtype=torch.int64, device="cpu")
         elif each.name.endswith("bias") and biases:  # the block keeps it
-            found[each.name] = torch.zeros(biases[0].shape)
+            found[each.name] = torch.zeros(biases[0].shape, device="cpu")
         elif each.default is inspect.Parameter.empty:
             return {}, each.name
     return found, ""
@@ -154,13 +154,14 @@ def _random_copy(gate: nn.Module) -> nn.Module:
     else:
         trial = copy.deepcopy(gate).cpu()
     trial = trial.float().eval()
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     for buffer in trial.buffers():
         if buffer.ndim == 2 and not buffer.is_floating_point():  # experts of each token id
-            buffer.copy_(torch.arange(buffer.shape[1]))
+            buffer.copy_(torch.arange(buffer.shape[1], device="cpu"))
     for parameter in trial.parameters():
         if parameter.ndim >= 2:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[-1] ** 0.5)
+            values = torch.randn(parameter.shape, generator=generator, device="cpu")
+            parameter.data.copy_(values / parameter.shape[-1] ** 0.5)
     return trial
 
 

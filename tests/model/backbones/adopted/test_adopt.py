@@ -223,6 +223,14 @@ def test_dense_models_are_refused() -> None:
         adopt(nn.Linear(2, 2), CurrentPass())
 
 
+def test_sharded_experts_are_refused() -> None:
+    """Under expert parallelism routers return indices of one device, and E for experts of others."""
+    model = tiny("olmoe")
+    model._tp_size = 2  # type: ignore[assignment]
+    with pytest.raises(UserError, match="load it without tensor or expert parallelism"):
+        adopt(model, CurrentPass())
+
+
 def test_tokens_of_another_sequence_are_refused() -> None:
     _, ours, current, _ = pair_of("olmoe")
     with pytest.raises(UserError, match="got 20 tokens in a pass of 10"), current.open(Tokens(MODALITY[:1], VALID[:1])):

@@ -1,0 +1,123 @@
+"""Builds a model of transformers: from a directory, from the hub, or with random weights from a configuration."""
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from lightning_moevlm.common.errors import UserError
+
+DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
+ExpertsBackend: TypeAlias = Literal["eager", "grouped_mm", "batched_mm"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where a model comes from and how it computes; see `HuggingFaceModel`."""
+
+    path: str | None
+    config: dict[str, Any] | None
+    dtype: DType
+    attention: str | None
+    experts_backend: ExpertsBackend | None
+    local_files_only: bool
+    vocab_size: int
+
+
+def build(origin: Origin) -> nn.Module:
+    """Return the model; one from a configuration has no weights yet, see `draw`.
+
+    Raises:
+        UserError: transformers is missing, or it cannot build the model.
+    """
+    try:
+        import transformers
+        from transformers.initialization import no_init_weights
+    except ImportError as error:
+        raise UserError(
+            "HuggingFaceModel needs transformers, which is not installed: pip install 'lightning-moevlm[hf]'"
+        ) from error
+    if (origin.path is None) == (origin.config is None):
+        raise UserError(
+            "HuggingFaceModel needs either `path`, a directory or the name of a model on the hub, or `config` with "
+            "model_type and sizes: set one of them, and the other to null"
+        )
+    with _explained(origin), torch.random.fork_rng(devices=[]):
+        config = _read_config(transformers, origin)
+        sees = hasattr(config, "vision_config")
+        loader = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
+        options: dict[str, Any] = {"dtype": getattr(torch, origin.dtype), "attn_implementation": origin.attention}
+        if origin.path is not None and torch.get_default_device().type != "meta":
+            model = loader.from_pretrained(
+                origin.path, config=config, local_files_only=origin.local_files_only, **options
+            )
+        else:
+            with no_init_weights():  # see `draw`
+                model = loader.from_config(config, **options)
+        if origin.experts_backend is not None:
+            model.set_experts_implementation(origin.experts_backend)
+    assert isinstance(model, nn.Module)
+    return model
+
+
+def draw(model: Any, seed: int) -> None:
+    """Draw random weights by the model's own rule; the same for one seed on every machine."""
+    for path, module in model.named_modules():
+        for each in (*module.parameters(recurse=False), *module.buffers(recurse=False), module):
+            if "lora_" in path:  # adapters have a rule of their own, and were drawn by it
+                each._is_hf_initialized = True
+            elif hasattr(each, "_is_hf_initialized"):
+                del each._is_hf_initialized
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.initialize_weights()
+    model.tie_weights()
+
+
+def takes(function: Any, name: str) -> bool:
+    """Return whether a method has an argument of this name."""
+    return name in inspect.signature(function).parameters
+
+
+def _read_config(transformers: Any, origin: Origin) -> Any:
+    if origin.path is not None:
+        return transformers.AutoConfig.from_pretrained(origin.path, local_files_only=origin.local_files_only)
+    assert origin.config is not None
+    options = dict(origin.config)
+    if "model_type" not in options:
+        raise UserError("model.backbone.config has no model_type: name a family, such as qwen3_vl_moe or olmoe")
+    model_type = options.pop("model_type")
+    text = options["text_config"] = dict(options["text_config"]) if "text_config" in options else options
+    if text is options:
+        del options["text_config"]
+    if "vision_config" in options:
+        # ids after those of the tokenizer stand for images
+        for place, name in enumerate(_IMAGE_IDS):
+            options.setdefault(name, origin.vocab_size + place)
+    text.setdefault("vocab_size", origin.vocab_size + (len(_IMAGE_IDS) if "vision_config" in options else 0))
+    return transformers.AutoConfig.for_model(model_type, **options)
+
+
+_IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")
+
+
+@contextmanager
+def _explained(origin: Origin) -> Iterator[None]:
+    """Turn what transformers says of a wrong path or option into one message."""
+    what = f"config of {origin.config.get('model_type')}" if origin.config is not None else f"path {origin.path}"
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+        first = str(error).strip().split("\n")[0]
+        advice = (
+            "; to fetch it from the hub, set model.backbone.local_files_only to false"
+            if origin.path is not None and origin.local_files_only and isinstance(error, OSError)
+            else ""
+        )
+        raise UserError(f"transformers cannot build the {what}: {type(error).__name__}: {first}{advice}") from error

@@ -1,0 +1,233 @@
+"""Any mixture-of-experts model of Hugging Face transformers, with its routing as plans.
+
+    [image tokens] [text tokens] -> the model without its head -> features -> its own head
+
+Sequences are made of images of one size and of token ids, as for every backbone here: the image is the prefix of its
+text. Chat templates and the special tokens of a checkpoint's processor are not added.
+"""
+
+import re
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.model_card import Costs, add_costs
+from lightning_moevlm.contracts.routing_plan import Modality
+from lightning_moevlm.contracts.sequence_layout import Layout, Span
+from lightning_moevlm.contracts.special_tokens import PAD
+from lightning_moevlm.contracts.step_records import NamedPlan
+from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, Origin, build, draw, takes
+from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, Tokens
+from lightning_moevlm.model.backbones.adopted.images import image_inputs
+from lightning_moevlm.model.backbones.adopted.run_again import WholeTexts
+from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
+from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
+from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
+from lightning_moevlm.model.backbones.past import Past
+from lightning_moevlm.model.layers import count_parameters
+
+
+class HuggingFaceModel(Backbone):
+    """A model of transformers as backbone; the routing is the model's own, to the bit.
+
+    Args:
+        path: a directory that `save_pretrained` wrote, or the name of a model on the hub.
+        config: model_type and sizes of a model with random weights, as its configuration in transformers takes them.
+            Missing vocab_size and ids of image tokens follow those of the data.
+        image_size: pixels, height and width.
+        vocab_size: ids of the data; the model may have more.
+        max_text_len: longest text L.
+        dtype: of weights and computation.
+        attention: implementation of attention, such as sdpa or eager; null takes the model's.
+        experts_backend: how transformers runs the experts; null takes the model's.
+        frozen: parts that are not trained: vision, connector, language, routers, all_but_routers.
+        lora: trains adapters and, by default, routers, and nothing else; null trains everything that is not frozen.
+        gradient_checkpointing: layers run again in the backward pass, which needs less memory.
+        local_files_only: never fetch; false fetches `path` from the hub.
+
+    Raises:
+        UserError: a model that transformers cannot build or whose routers cannot be adopted, or a part it lacks.
+    """
+
+    keeps_weights = True  # see `initialise`
+    causal = True
+    model: Any
+    config: Any
+    text_config: Any  # of its language model
+
+    def __init__(
+        self,
+        path: str | None = None,
+        config: dict[str, Any] | None = None,
+        image_size: int = 224,
+        vocab_size: int = 32_000,
+        max_text_len: int = 128,
+        dtype: DType = "float32",
+        attention: str | None = None,
+        experts_backend: ExpertsBackend | None = None,
+        frozen: tuple[Part, ...] = (),
+        lora: LoRA | None = None,
+        gradient_checkpointing: bool = False,
+        local_files_only: bool = True,
+    ) -> None:
+        super().__init__()
+        origin = Origin(path, config, dtype, attention, experts_backend, local_files_only, vocab_size)
+        self.model = build(origin)
+        self._is_loaded = path is not None
+        self.config = self.model.config
+        self.text_config = self.config.get_text_config()
+        if getattr(self.config, "is_encoder_decoder", False):
+            raise UserError(f"{type(self.model).__name__} has an encoder for texts: choose a decoder-only model")
+        if self.text_config.vocab_size < vocab_size:
+            raise UserError(
+                f"{type(self.model).__name__} embeds {self.text_config.vocab_size} ids, and the data has {vocab_size}: "
+                "set data.vocab_size to at most the model's, and give the model's tokenizer to the data"
+            )
+        self.images = image_inputs(self.config, image_size, path)
+        patch_size = image_size if self.images is None else self.images.token_size
+        dim, ids = self.text_config.hidden_size, self.text_config.vocab_size
+        self.spec = BackboneSpec(dim, image_size, patch_size, ids, max_text_len, predicts_text=True)
+        self.current = CurrentPass()
+        layers = adopt(self.model, self.current)
+        for place, layer in layers.items():
+            layer.path = f"model.{place}"
+        if gradient_checkpointing:
+            options = {"use_reentrant": False, "context_fn": self.current.checkpoint_contexts}
+            self.model.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
+        if lora is not None:
+            add_adapters(self.model, layers.values(), lora)
+        freeze(self.model, list(layers.values()), frozen)
+
+    def draw_weights(self, seed: int) -> None:
+        """Draw the weights of a model that was not loaded; see `initialise`."""
+        if not self._is_loaded and not self.text_embedding_VD.is_meta:
+            draw(self.model, seed)
+
+    @property
+    def layers(self) -> list[AdoptedMoE]:
+        """The mixtures, in the order of the model."""
+        return [module for module in self.model.modules() if isinstance(module, AdoptedMoE)]
+
+    @property
+    def text_embedding_VD(self) -> Tensor:
+        """Matrix of the head that predicts tokens; in many models it is that of the embedding."""
+        return self.model.get_output_embeddings().weight
+
+    def predict_text(self, features_MD: Tensor) -> Tensor:
+        """Return the logits of the token that follows, (M, V), as the whole model computes them."""
+        config = self.text_config
+        logits_MV = self.model.get_output_embeddings()(features_MD)
+        if divisor := getattr(config, "logits_scaling", None):  # Granite
+            logits_MV = logits_MV / divisor
+        if factor := getattr(config, "logit_scale", None):  # Cohere
+            logits_MV = logits_MV * factor
+        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
+            logits_MV = torch.tanh(logits_MV / cap) * cap
+        return logits_MV
+
+    def forward(
+        self,
+        images_BRYX: Tensor | None = None,
+        text_BL: Tensor | None = None,
+        text_mask_BL: Tensor | None = None,
+        image_mask_BP: Tensor | None = None,
+        separate: bool = False,
+        causal: bool = False,
+    ) -> BackboneOutput:
+        """Encode images, texts or pairs.
+
+        Raises:
+            UserError: images for a model without a vision tower, or a pass that its attention does not know.
+        """
+        if image_mask_BP is not None or separate:
+            raise UserError(
+                "HuggingFaceModel cannot hide patches or keep image and text apart: choose the objective NextToken"
+            )
+        ids: list[Tensor] = []
+        valid: list[Tensor] = []
+        spans: list[Span] = []
+        seen: dict[str, Tensor] = {}
+        if images_BRYX is not None:
+            if self.images is None:
+                raise UserError(
+                    f"{type(self.model).__name__} has no vision tower: give its sources `modality: text`, or choose a "
+                    "vision-language model"
+                )
+            seen = self.images(images_BRYX, self.model.dtype)
+            shape = (len(images_BRYX), self.spec.num_patches)
+            ids.append(torch.full(shape, self.config.image_token_id, device=images_BRYX.device))
+            valid.append(torch.ones(shape, dtype=torch.bool, device=images_BRYX.device))
+            spans.append(Span(Modality.IMAGE, 0, self.spec.num_patches))
+        if text_BL is not None:
+            assert text_mask_BL is not None, "text comes with its mask"
+            start = spans[-1].stop if spans else 0
+            ids.append(text_BL)
+            valid.append(text_mask_BL)
+            spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
+        source = "pair" if len(spans) == 2 else spans[0].modality.label
+        layout = Layout(tuple(spans), torch.cat(valid, dim=1), None, causal=True)
+        return self._run(torch.cat(ids, dim=1), layout, seen, source)
+
+    def _run(self, ids_BS: Tensor, layout: Layout, seen: dict[str, Tensor], source: str) -> BackboneOutput:
+        modality_BS = layout.modality_S.expand(ids_BS.shape)
+        body = getattr(self.model, self.model.base_model_prefix)
+        inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": layout.valid_BS.long(), "use_cache": False}
+        kinds_BS = (modality_BS == Modality.IMAGE).long()
+        for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
+            if seen and takes(body.forward, name):
+                inputs[name] = kinds_BS
+        present = tuple(dict.fromkeys(span.modality for span in layout.spans))
+        with self.current.open(Tokens(modality_BS, layout.valid_BS, present)) as recorded:
+            features_BSD = body(**inputs, **seen).last_hidden_state
+            plans = tuple(NamedPlan(source, _block(one.layer), one.layer, one.modalities, one.plan) for one in recorded)
+        return BackboneOutput(features_BSD, layout, plans)
+
+    def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
+        """Encode the beginning of texts that are to be continued."""
+        return self(images_BRYX, text_BL, text_mask_BL), WholeTexts(images_BRYX, text_BL, text_mask_BL)
+
+    def extend(self, text_B: Tensor, past: Past) -> Tensor:
+        """Return the features of one more token of each text, (B, D); `past` is extended."""
+        assert isinstance(past, WholeTexts)
+        if self.images is not None:  # a model may predict the id that stands for an image, but there is none
+            text_B = torch.where(text_B == self.config.image_token_id, PAD, text_B)
+        past.append(text_B)
+        output = self(past.images_BRYX, past.text_BL, past.text_mask_BL)
+        assert past.length_B is not None
+        row_B = torch.arange(len(text_B), device=text_B.device)
+        return output.features(Modality.TEXT)[row_B, past.length_B - 1]
+
+    def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
+        """Estimate them, see `sizes`; of an image also what its vision tower costs."""
+        mixtures = [p for layer in self.layers for p in (*layer.experts.parameters(), *layer.router.parameters())]
+        left_out = {id(parameter) for parameter in (*mixtures, self.text_embedding_VD)}
+        image = num_tokens.get(Modality.IMAGE, 0)
+        merged = 1 if self.images is None else self.images.merge**2
+        lengths = Lengths(image * merged, image, sum(num_tokens.values()))
+        rest = costs_of(self.text_config, measure(self.model, left_out), lengths, self.spec.dim)
+        return add_costs([rest, *(layer.costs(num_tokens) for layer in self._reached(tuple(num_tokens)))])
+
+    def active_parameters(self, modalities: Collection[Modality], separate: bool = False) -> float:
+        """All but the vision tower of texts, and the experts that a token does not visit."""
+        idle = sum(layer.idle_parameters() for layer in self.layers)
+        seeing = set() if Modality.IMAGE in modalities else vision_parameters(self.model)
+        unseen = sum(parameter.numel() for parameter in self.parameters() if id(parameter) in seeing)
+        return count_parameters(self) - idle - unseen
+
+    def num_plans(self, modalities: Collection[Modality]) -> int:
+        """Return how many plans `forward` makes: one of every mixture that gets tokens."""
+        return len(self._reached(modalities))
+
+    def _reached(self, modalities: Collection[Modality]) -> list[AdoptedMoE]:
+        return [layer for layer in self.layers if layer.modality is None or layer.modality in modalities]
+
+
+def _block(path: str) -> int:
+    """Return the first number in a path: the index of the transformer block."""
+    found = re.search(r"\.(\d+)\.", path)
+    return int(found.group(1)) if found else 0

@@ -1,0 +1,104 @@
+"""Which parts of an adopted model are trained: all but frozen ones, or low-rank adapters (LoRA, arXiv 2106.09685)."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import nn
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.sizes import is_connector, vision_parameters
+
+Part: TypeAlias = Literal["vision", "connector", "language", "routers", "all_but_routers"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Low-rank adapters beside frozen matrices; needs peft, of the extra `hf`.
+
+    Args:
+        rank: of each adapter.
+        alpha: adapters are scaled by alpha / rank.
+        dropout: share of their inputs left out in training.
+        targets: ends of names of linear layers that get one; experts are stacks and get none.
+        train_routers: routers are trained as they are, beside the adapters.
+
+    Raises:
+        UserError: a number out of range, or no target.
+    """
+
+    rank: int = 8
+    alpha: int = 16
+    dropout: float = 0.0
+    targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
+    train_routers: bool = True
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        check_number("lora.rank", self.rank, least=1)
+        check_number("lora.alpha", self.alpha, above=0)
+        check_number("lora.dropout", self.dropout, least=0, below=1)
+        if not self.targets:
+            raise UserError("lora.targets is empty: name ends of linear layers, such as q_proj, or set lora to null")
+
+
+def add_adapters(model: nn.Module, layers: Iterable[AdoptedMoE], options: LoRA) -> None:
+    """Put adapters beside the targets, and freeze everything else, in place.
+
+    Raises:
+        UserError: peft is missing, or the model has no such layer.
+    """
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError("lora needs peft, which is not installed: pip install 'lightning-moevlm[hf]'") from error
+    config = peft.LoraConfig(
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=list(options.targets),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        try:
+            peft.inject_adapter_in_model(config, model)
+        except ValueError as error:
+            raise UserError(f"lora.targets {list(options.targets)}: {str(error).split(chr(10))[0]}") from error
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    if options.train_routers:
+        for layer in layers:
+            layer.router.requires_grad_()
+
+
+def freeze(model: Any, layers: Sequence[AdoptedMoE], parts: Sequence[Part]) -> None:
+    """Freeze parts of a model of transformers, in place.
+
+    Raises:
+        UserError: a part that the model does not have, or nothing that is left to train.
+    """
+    members = _members(model, layers)
+    for part in parts:
+        if not members[part]:
+            having = [name for name, found in members.items() if found]
+            raise UserError(f"{type(model).__name__} has no {part} to freeze: name some of {', '.join(having)}")
+        for parameter in members[part]:
+            parameter.requires_grad_(False)
+    if parts and not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(f"model.backbone.frozen {list(parts)} leaves nothing to train: leave one part out")
+
+
+def _members(model: Any, layers: Sequence[AdoptedMoE]) -> Mapping[Part, list[nn.Parameter]]:
+    seeing = vision_parameters(model)
+    routers = {id(p) for layer in layers for p in layer.router.parameters()}
+    members: dict[Part, list[nn.Parameter]] = {
+        "vision": [], "connector": [], "language": [], "routers": [], "all_but_routers": []
+    }  # fmt: skip
+    for name, parameter in model.named_parameters():
+        part: Part = "connector" if is_connector(name) else "vision" if id(parameter) in seeing else "language"
+        members[part].append(parameter)
+        members["routers" if id(parameter) in routers else "all_but_routers"].append(parameter)
+    return members
