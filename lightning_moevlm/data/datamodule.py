@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch import LightningDataModule
+from lightning.pytorch.trainer.states import TrainerFn
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.common.errors import UserError
@@ -24,6 +25,7 @@ from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.format.manifest import Manifest, MixedManifest, Split
 from lightning_moevlm.data.images.augment import Augment
+from lightning_moevlm.data.inspect.cut_texts import describe_cut_texts
 from lightning_moevlm.data.load.device_stage import DeviceStage, warn_without_gpu
 from lightning_moevlm.data.load.shard_loader import LoaderState, ShardLoader, refuse_uneven_workers
 from lightning_moevlm.data.plain.draw_reader import DrawReader
@@ -217,7 +219,7 @@ class ShardDataModule(LightningDataModule):
         return choose_tokenizer(list(self.sets.values()), self.tokenizer_file or fitted, self.vocab_size)
 
     def prepare_data(self) -> None:
-        """Check manifests, tokenizer and shards, before anything is written.
+        """Check manifests, tokenizer and shards, before anything is written; tell if training texts are cut.
 
         The shards of a small set are hashed. Those of a large set have their size checked, and are hashed when a
         process first opens them. Those of a remote set are downloaded and verified when they are opened. If losses are
@@ -234,6 +236,9 @@ class ShardDataModule(LightningDataModule):
                 refuse_other_than_jpegs(opened)
             if self.max_lost_fraction == 0:
                 check_local_shards(opened)
+        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+            for line in describe_cut_texts(self.sets, self.tokenizer, self.max_text_len, self.append_answer):
+                rank_zero_info(line)
 
     def setup(self, stage: str) -> None:
         """Refuse a limit on batches that would make an epoch's last optimiser step smaller than the others.
@@ -334,11 +339,7 @@ class ShardDataModule(LightningDataModule):
             return (self.plain.source("urls", opened, split, self._collate(opened)),)
         return tuple(
             OpenSource(
-                name,
-                opened.storage,
-                opened.manifest.splits[split],
-                self._collate(opened),
-                opened.manifest.layout,
+                name, opened.storage, opened.manifest.splits[split], self._collate(opened), opened.manifest.layout
             )
             for name, opened in sets.items()
         )
@@ -371,8 +372,7 @@ class ShardDataModule(LightningDataModule):
         return device
 
     def _fixed(self, opened: tuple[ReadSource, ...]) -> ShardLoader:
-        tolerant = self.max_lost_fraction > 0
-        reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, tolerant)
+        reader = FixedReader(opened, self.batch_size, self._rank, self.num_streams, self.max_lost_fraction > 0)
         stage = self._stage(augment=None, fills=False)
         return ShardLoader(reader, self.num_workers, self.manifest_digest, None, self.max_lost_fraction, stage)
 

@@ -15,18 +15,20 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.inspect.check import check_set
+from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.texts import decode_text
 from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
 from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
+from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 from lightning_moevlm.model.backbones import VLMoE
 from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
-from tests.data.sources import write_csv
+from tests.data.sources import OPTIONS, write_csv
 from tests.small_model import small_moe
 from tests.training.small_fit import Memory
 
@@ -72,6 +74,39 @@ def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, max(_lengths(scenes_root))) == [(step, 0.0) for step in (1, 2, 3)]
     assert not [record for record in caplog.records if "captions" in record.getMessage()]
+
+
+def test_a_run_begins_with_the_share_of_each_source(
+    tmp_path: Path, scenes_root: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    questions = tmp_path / "questions"
+    convert(SetQuestions(scenes_root, None), questions, Licence("CC0", "", ""), *OPTIONS)
+    lengths = _lengths(scenes_root)
+    limit = sorted(lengths)[60]
+    share = sum(length > limit for length in lengths) / 120
+
+    def told(limit: int, append_answer: bool | None = None) -> dict[str, str]:
+        """By source."""
+        caplog.clear()
+        sources = {
+            "scenes": Source(str(scenes_root)),
+            "questions": Source(str(questions), annotation="answers"),
+            "pictures": Source(str(scenes_root), modality="image"),
+        }
+        data = ShardDataModule(None, 8, 16, limit, 400, sources=sources, append_answer=append_answer)
+        with caplog.at_level(logging.INFO):
+            data.prepare_data()
+        lines = [record.getMessage() for record in caplog.records]
+        return {line.partition(":")[0]: line for line in lines if "lose their end" in line}
+
+    line = told(limit)["scenes"]
+    assert line.startswith(
+        f"scenes: {share:.1%} of the first 120 training texts are longer than data.max_text_len {limit}"
+    )
+    assert f"the longest has {max(lengths)} ids. `moevlm data check {scenes_root}`" in line
+    asked = max(_lengths(questions))
+    assert told(max([*lengths, asked])) == {}
+    assert "questions" not in told(asked) and "questions" in told(asked, append_answer=True)  # no room for the answer
 
 
 def _backbone(max_text_len: int) -> VLMoE:
