@@ -120,7 +120,8 @@ def furnish(folder: Path, scenes_root: Path, migrated_database: Path) -> None:
     for shipped in ("conf", "ablations"):
         shutil.copytree(PROJECT / shipped, folder / shipped)
     (folder / "data/shards").mkdir(parents=True)
-    (folder / "data/shards/scenes").symlink_to(scenes_root, target_is_directory=True)
+    for name in ("scenes", "facts"):  # demo sets are alike to a reader
+        (folder / "data/shards" / name).symlink_to(scenes_root, target_is_directory=True)
     (folder / "runs").mkdir()
     shutil.copyfile(migrated_database, folder / "runs/mlflow.db")
 

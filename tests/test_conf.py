@@ -79,9 +79,10 @@ def describe(resolve: Resolve) -> Callable[..., ModelCard]:
 def test_fast_dev_run(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
     # widths and lengths that a laptop can hold; everything else is as shipped
     tower = [f"{BACKBONE}.vision={{dim: 16, num_heads: 2, num_blocks: 2, hidden_dim: 32}}"] * ("decoder" in config)
+    root = [] if config == "conf/healthy_experts.yaml" else [f"--data.root={scenes_root}"]  # that one names sources
     moevlm(
         "fit", "-c", config, *tower, "--trainer.fast_dev_run=true", "--trainer.precision=32-true",
-        f"--data.root={scenes_root}", "--data.batch_size=4", "--data.image_size=32", "--data.max_text_len=24",
+        *root, "--data.batch_size=4", "--data.image_size=32", "--data.max_text_len=24",
         "--data.vocab_size=640", "--data.num_workers=0", f"{BACKBONE}.dim=16", f"{BACKBONE}.num_heads=2",
         f"{BACKBONE}.hidden_dim=32", f"{BACKBONE}.patch_size=8",
         f"{BACKBONE}.moe.init_args.experts.init_args.hidden_dim=32",
@@ -152,17 +153,25 @@ def test_every_data_configuration_trains_a_step_over_the_file_that_it_names(
 @pytest.mark.parametrize("config", ILLNESSES)
 def test_every_illness_changes_the_healthy_model_and_has_a_study_and_a_row(config: str, resolve: Resolve) -> None:
     text = (PROJECT / config).read_text(encoding="utf-8")
-    assert f"moevlm fit -c conf/healthy.yaml -c {config}" in text and "Sign: " in text and "Mild: " in text
-    assert resolve("conf/healthy.yaml", config) != resolve("conf/healthy.yaml")
-    studies = "".join(study.read_text(encoding="utf-8") for study in (PROJECT / "ablations/cures").glob("*.yaml"))
-    assert f"illness: [{config}]" in studies
+    base = find_base(config)
+    assert "Sign: " in text and "Mild: " in text
+    assert resolve(base, config) != resolve(base)
+    studies = [study.read_text(encoding="utf-8") for study in (PROJECT / "ablations/cures").glob("*.yaml")]
+    assert [f"base: [{base}]" in study for study in studies if f"illness: [{config}]" in study] == [True]
     assert f"| `{Path(config).name}` | " in (PROJECT / "conf/illnesses/README.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.slow  # each is a run; the golden plans build them all
 @pytest.mark.parametrize("config", ILLNESSES)
-def test_every_illness_trains_a_step(config: str, moevlm: Callable[..., str], scenes_root: Path) -> None:
-    moevlm("fit", "-c", "conf/healthy.yaml", "-c", config, "--trainer.fast_dev_run=true", f"--data.root={scenes_root}")
+def test_every_illness_trains_a_step(config: str, moevlm: Callable[..., str]) -> None:
+    moevlm("fit", "-c", find_base(config), "-c", config, "--trainer.fast_dev_run=true")
+
+
+def find_base(config: str) -> str:
+    """Return the healthy model that the illness names in its command."""
+    text = (PROJECT / config).read_text(encoding="utf-8")
+    (base,) = re.findall(rf"moevlm fit -c (conf/healthy\w*\.yaml) -c {config}", text)
+    return str(base)
 
 
 def test_an_arm_changes_one_source_and_leaves_the_others(resolver: ConfigResolver) -> None:

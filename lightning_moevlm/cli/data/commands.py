@@ -94,6 +94,50 @@ def build_scenes(
     print_built(out, "built" if built else None, manifest)
 
 
+def build_facts(
+    out: str = "data/shards/facts",
+    num_samples: int = 4096,
+    image_size: int = 32,
+    image_format: Literal["jpg", "png"] = "jpg",
+    num_drawings: int = 32,
+    num_relations: int = 8,
+    seed: int = 0,
+    samples_per_shard: int = 512,
+    vocab_size: int = 512,
+    force: bool = False,
+) -> None:
+    """Build the set `facts`: drawings with random facts that a model has to learn by heart.
+
+    Args:
+        out: Folder of the set.
+        num_samples: Samples over all splits (80 % train, 10 % val, 10 % test); each round goes through all facts.
+        image_size: Pixels per side, 32 to 1024.
+        image_format: jpg, or lossless png.
+        num_drawings: Number of different drawings, 8 to 84.
+        num_relations: Facts about each drawing, 1 to 8.
+        seed: Seed of facts and images; a larger set begins with the samples of a smaller one.
+        samples_per_shard: Samples per tar file.
+        vocab_size: Largest number of token ids, at least 260.
+        force: Replace a set that was built with other arguments.
+    """
+    from lightning_moevlm.data.write.demo import facts
+
+    with explain_write_errors(out):
+        manifest, built = facts.build_facts(
+            Path(out),
+            num_samples,
+            image_size,
+            image_format,
+            num_drawings,
+            num_relations,
+            seed,
+            samples_per_shard,
+            vocab_size,
+            force,
+        )
+    print_built(out, "built" if built else None, manifest)
+
+
 def check(path: str, json: str | None = None) -> None:
     """Verify every shard and sample of a set against its manifest, and print a summary.
 
@@ -223,7 +267,7 @@ def _local(storage: "ShardStorage") -> Path:
 
 Command = Callable[..., object]
 COMMANDS: dict[str, Command | dict[str, Command]] = {
-    "build": {"openmoji": build_openmoji, "scenes": build_scenes},
+    "build": {"facts": build_facts, "openmoji": build_openmoji, "scenes": build_scenes},
     "convert": convert.COMMANDS,
     "index": index,
     "check": check,
