@@ -1,19 +1,31 @@
-"""Lets the tests parse faster: jsonargparse finds an option by a table, and keeps the defaults of each class.
+"""Lets the tests parse faster: jsonargparse remembers what it has worked out about options and parts.
 
-Hundreds of tests parse a command line in process, and most of that time goes into four functions of jsonargparse.
-The answers are the same. Tests that start a process, as a user does, run jsonargparse as it is.
+Hundreds of tests parse a command line in process, and most of that time goes into six functions of jsonargparse and
+Lightning. The answers are the same. Tests that start a process, as a user does, run jsonargparse as it is.
 """
 
 import sys
 from argparse import Action
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
+from enum import Enum
 from typing import Any
 
 from jsonargparse import ArgumentParser, Namespace, _actions, _common, _namespace, _subcommands, _typehints, _util
+from lightning.pytorch.cli import LightningCLI
 
 _PLAIN = ("builtins", "types", "typing", "abc", "collections.abc")
 _find, _path, _key = _subcommands.find_action_and_subcommand, _util.get_import_path, Namespace._parse_key
-_defaults = ArgumentParser.get_defaults
+_defaults, _parse = ArgumentParser.get_defaults, ArgumentParser.parse_object
+_prepare = LightningCLI._prepare_subcommand_parser
+_CONTEXT = (
+    *(_common.lenient_check, _common.parsing_defaults, _common.validating_defaults, _common.load_value_mode),
+    *(_common.nested_links, _subcommands.parse_kwargs, _typehints.sub_defaults, _typehints.allow_default_instance),
+)
+_LEAVES = (str, int, float, bool, type(None), type, Enum)
+_FILES = (".yaml", ".yml", ".json")
+_MANY = 20_000
+_answers: dict[Hashable, Namespace] = {}
+_parsers: dict[Hashable, tuple[Any, list[str]]] = {}
 
 
 def install() -> None:
@@ -22,6 +34,8 @@ def install() -> None:
     _replace(_path, get_import_path)
     Namespace._parse_key = parse_key  # type: ignore[method-assign]
     ArgumentParser.get_defaults = get_defaults  # type: ignore[method-assign]
+    ArgumentParser.parse_object = parse_object  # type: ignore[method-assign]
+    LightningCLI._prepare_subcommand_parser = prepare_subcommand_parser  # type: ignore[method-assign]
 
 
 def uninstall() -> None:
@@ -30,6 +44,10 @@ def uninstall() -> None:
     _replace(get_import_path, _path)
     Namespace._parse_key = _key  # type: ignore[method-assign]
     ArgumentParser.get_defaults = _defaults  # type: ignore[method-assign]
+    ArgumentParser.parse_object = _parse  # type: ignore[method-assign]
+    LightningCLI._prepare_subcommand_parser = _prepare  # type: ignore[method-assign]
+    _answers.clear()
+    _parsers.clear()
 
 
 def find_action_and_subcommand(parser: Any, dest: str, exclude: Any = None) -> tuple[Action | None, str | None]:
@@ -89,6 +107,54 @@ def get_defaults(self: Any, skip_validation: bool = False, **options: Any) -> Na
     if state not in known:
         known[state] = _defaults(self, skip_validation)
     return known[state].clone()
+
+
+def parse_object(self: Any, obj: Any, namespace: Any = None, **options: Any) -> Namespace:
+    """Remember what the parser of a class answers to the same options, of the same part before, in the same context.
+
+    A mistake is parsed again, and so are values that name a file, which may have changed.
+    """
+    if not vars(self).get("_inner_parser"):
+        return _parse(self, obj, namespace, **options)
+    try:
+        context = [variable.get() for variable in _CONTEXT]
+        asked = (self, _freeze(obj), _freeze(namespace), _freeze(options), _freeze(context))
+    except _NotKeptError:
+        return _parse(self, obj, namespace, **options)
+    if asked not in _answers:
+        answer = _parse(self, obj, namespace, **options)
+        if len(_answers) >= _MANY:
+            _answers.clear()
+        _answers[asked] = answer.clone()
+        return answer
+    return _answers[asked].clone()
+
+
+def prepare_subcommand_parser(self: Any, klass: type, subcommand: str, references: Any = None, **options: Any) -> Any:
+    """Keep the parser of a subcommand; a process of a user has one command line."""
+    asked = (type(self), klass, subcommand, _freeze(options))
+    if asked not in _parsers:
+        parser = _prepare(self, klass, subcommand, references=references, **options)
+        _parsers[asked] = parser, self._subcommand_method_arguments[subcommand]
+    parser, self._subcommand_method_arguments[subcommand] = _parsers[asked]
+    parser._references = references
+    return parser
+
+
+class _NotKeptError(Exception):
+    """A value that may mean something else the next time."""
+
+
+def _freeze(value: Any) -> Hashable:
+    """Return what is equal for equal values of equal types alone: 1, 1.0 and True differ."""
+    if isinstance(value, Namespace | dict):
+        entries = vars(value) if isinstance(value, Namespace) else value
+        return type(value), *((key, _freeze(each)) for key, each in entries.items())
+    if isinstance(value, list | tuple | set):
+        return type(value), *map(_freeze, value)
+    if not isinstance(value, _LEAVES) or (isinstance(value, str) and value.endswith(_FILES)):
+        raise _NotKeptError
+    return type(value), value
 
 
 def _replace(old: Callable[..., Any], new: Callable[..., Any]) -> None:
