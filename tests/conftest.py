@@ -27,6 +27,7 @@ _INHERITED = (
     "FORCE_COLOR",
     "NO_COLOR",
     "PYTHONWARNINGS",
+    "PYTHONDONTWRITEBYTECODE",
     "MLFLOW_",
     "MOEVLM_TRACEBACK",
     "SLURM_",
@@ -44,6 +45,7 @@ def pytest_configure(config: pytest.Config) -> None:
     """
     for name in [name for name in os.environ if name.startswith(_INHERITED)]:
         del os.environ[name]
+    sys.dont_write_bytecode = False  # or every process, of which tests start many, compiles the package anew
     own_cache = os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()
     os.environ.setdefault("MPLCONFIGDIR", f"{own_cache}/matplotlib")  # finding all fonts again takes seconds
     os.environ["XDG_CACHE_HOME"] = cache = (

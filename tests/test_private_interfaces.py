@@ -113,7 +113,6 @@ FILTERED = {
     r"Detected call of `lr_scheduler\.step\(\)`": "torch.optim.lr_scheduler",
 }
 
-_OF_NAMED_TUPLES = {"_replace", "_asdict", "_fields", "_make"}
 _DOCUMENTED = {"os._exit"}
 
 
@@ -170,8 +169,8 @@ def _trees() -> dict[str, ast.Module]:
 
 @cache
 def _own_names() -> set[str]:
-    """Return every name that the package itself gives to anything."""
-    names: set[str] = set()
+    """Return every name that the package itself gives to anything, or gets with its named tuples."""
+    names = {"_replace", "_asdict", "_fields", "_make"}
     for tree in _trees().values():
         for node in ast.walk(tree):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
@@ -193,7 +192,7 @@ def _foreign_names(tree: ast.Module) -> Iterator[str]:
     """Yield private names that a file imports from other packages, or reads from objects and never gives itself."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute) and _is_private(node.attr):
-            is_ours = node.attr in _own_names() | _OF_NAMED_TUPLES or ast.unparse(node) in _DOCUMENTED
+            is_ours = node.attr in _own_names() or ast.unparse(node) in _DOCUMENTED
             yield from () if is_ours else (node.attr,)
         elif isinstance(node, ast.ImportFrom) and node.module and not node.module.startswith("lightning_moevlm"):
             words = [*node.module.split("."), *(alias.name for alias in node.names)]

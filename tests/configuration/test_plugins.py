@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.conftest import PROJECT
 from tests.small_run import SMALL, budget
 
 MODULE = '''
@@ -78,7 +79,7 @@ def plugin(tmp_path: Path) -> dict[str, str]:
     (site / "elsewhere.py").write_text(MODULE)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: elsewhere\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[lightning_moevlm.plugins]\nelsewhere = elsewhere\n")
-    return os.environ | {"PYTHONPATH": str(site), "OMP_NUM_THREADS": "1"}
+    return os.environ | {"PYTHONPATH": f"{site}:{PROJECT}", "OMP_NUM_THREADS": "1"}
 
 
 def test_router_of_another_package(plugin: dict[str, str], workplace: Path) -> None:
