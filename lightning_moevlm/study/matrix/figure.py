@@ -143,7 +143,7 @@ def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool
             fontsize=7,
             color=ink,
         )
-    survived = "" if effect.stable == effect.total else f" {effect.stable}/{effect.total}"
+    survived = f" {effect.survival}" if effect.survival.failed else ""
     axes.text(column, place + 0.28, f"{effect.verdict}{survived}", ha="center", va="center", fontsize=7.5, color=ink)
 
 

@@ -30,7 +30,7 @@ def describe_cell(cell: Cell) -> str:
     effect = cell.effect
     if effect is None:
         return f"missing: {len(cell.missing)} runs" if cell.missing else "missing: healthy or sick runs"
-    stable = "" if effect.stable == effect.total else f", {describe_stable(cell.outcome)} stable"
+    stable = f", {describe_stable(cell.outcome)} stable" if effect.survival.failed else ""
     if effect.share is None:
         return f"{effect.verdict}{stable}"
     return f"{describe_share(effect)} {effect.verdict}{stable}"
@@ -41,7 +41,7 @@ def describe_stable(outcome: Outcome) -> str:
     if outcome.interval is None:
         return NOTHING
     low, high = outcome.interval
-    return f"{outcome.survival.stable}/{outcome.survival.total} [{low:.2f}, {high:.2f}]"
+    return f"{outcome.survival} [{low:.2f}, {high:.2f}]"
 
 
 def describe_damage(row: Row) -> str:

@@ -17,6 +17,7 @@ from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.stability_tables import equal_budget_table, sensitivity_table
 from lightning_moevlm.study.report.tables.table import format_signed
 from lightning_moevlm.study.run.ledger import RunState, Status
+from lightning_moevlm.study.statistics.outcomes.survival import Survival
 from lightning_moevlm.study.statistics.verdict import Verdict
 from lightning_moevlm.tracking.read.series import Series
 from tests.study.tiny_study import describe, plan_of, write_project
@@ -286,7 +287,7 @@ def test_a_run_that_did_not_learn_is_failed_and_in_no_mean(tmp_path):
     assert [run.state.status for run in sick.runs] == [*[Status.DID_NOT_LEARN] * 2, Status.FINISHED]
     assert sick.runs[0].state.reason.startswith("val/task_loss ended at 6.5, at 0.77 of the way of baseline")
     assert (sick.final.mean, sick.final.n) == (pytest.approx(4.008), 1)
-    assert (sick.stability.stable, sick.stability.total, sick.stability.p) == (1, 3, pytest.approx(0.5))
+    assert (sick.stability.survival, sick.stability.p) == (Survival(1, 3), pytest.approx(0.5))
     # In the differences the two count with what they ended at: 6.5 - 4.01 and 6.5 - 3.988.
     assert sick.effect.differences == pytest.approx((2.490, 2.512, 0.0))
     assert sick.effect.failed == (0, 1)

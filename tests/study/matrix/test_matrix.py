@@ -127,7 +127,7 @@ def test_a_run_that_did_not_learn_is_a_failed_one(tmp_path: Path) -> None:
     assert fever.damage is not None
     assert (fever.damage.healthy.stable, fever.damage.sick.stable) == (3, 0)
     assert fever.damage.mean == pytest.approx(3.0, abs=0.02)  # with their own values, better than the untrained one
-    stable = {cell.label: cell.effect.stable for cell in fever.cells if cell.effect and cell.kind == "alone"}
+    stable = {cell.label: cell.effect.survival.stable for cell in fever.cells if cell.effect and cell.kind == "alone"}
     assert stable == {"warm": 3, "clip": 0}
 
 

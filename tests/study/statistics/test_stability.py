@@ -116,7 +116,7 @@ def test_arm_counts_stable_runs_and_compares_them():
     early, late = (measure_stability({TRAIN_LOSS: series(*(3.0,) * n, math.nan)}, has_diverged=True) for n in (2, 5))
     runs, survived = {0: late, 1: sound, 2: early}, {0: False, 1: True, 2: False}
     arm = summarise_stability(runs, survived, dict.fromkeys(range(3), True), 0.05)
-    assert (arm.stable, arm.total, arm.first_divergence) == (1, 3, 3)
+    assert (arm.survival.stable, arm.survival.total, arm.first_divergence) == (1, 3, 3)
     # Two pairs differ, both against the arm: 2 of 4 ways of two coins are as extreme.
     assert (arm.test, arm.p) == ("McNemar", pytest.approx(0.5))
     # Exact ends for 1 of 3: P(>= 1) = 1 - (1 - p)^3 = 0.025, and P(<= 1) = (1 - p)^3 + 3 p (1 - p)^2 = 0.025.

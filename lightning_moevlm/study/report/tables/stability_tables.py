@@ -144,7 +144,7 @@ def _stability_cells(arm: ArmResult, alpha: float) -> tuple[str, ...]:
     own = arm.stability
     first, is_sample = own.first_divergence, arm.verdict is not Verdict.STOPPED_EARLY
     return (
-        f"{own.stable}/{own.total}" if own.total and is_sample else NOTHING,
+        str(own.survival) if own.survival.total and is_sample else NOTHING,
         f"{own.interval[0]:.2f} to {own.interval[1]:.2f}" if own.interval and is_sample else NOTHING,
         NOTHING if own.p is None else format_p(own.p, alpha),
         NOTHING if first is None else f"step {first}",

@@ -86,21 +86,11 @@ class CureEffect:
     """Reason or limit of the verdict, in words."""
 
     @property
-    def stable(self) -> int:
-        """Runs of the cured model that survived."""
-        return self.survival.stable
-
-    @property
-    def total(self) -> int:
-        """Runs of the cured model with a result."""
-        return self.survival.total
-
-    @property
     def note(self) -> str:
         """Limit of the verdict, failed runs and missing seeds, in words."""
-        failed, parts = self.total - self.stable, [self.limit] if self.limit else []
-        if failed:
-            parts.append(f"{failed} of {self.total} runs failed and count with their capped value")
+        runs, parts = self.survival, [self.limit] if self.limit else []
+        if runs.failed:
+            parts.append(f"{runs.failed} of {runs.total} runs failed and count with their capped value")
         if self.left_out:
             parts.append(f"{self.left_out} of {self.left_out + len(self.seeds)} seeds left out")
         return "; ".join(parts)

@@ -48,16 +48,6 @@ class ArmStability:
     recovery: Recovery
 
     @property
-    def stable(self) -> int:
-        """Stable runs."""
-        return self.survival.stable
-
-    @property
-    def total(self) -> int:
-        """Runs with a result."""
-        return self.survival.total
-
-    @property
     def first_divergence(self) -> int | None:
         """The earliest step at which a run diverged."""
         return min((run.diverged_at for run in self.runs if run.diverged_at is not None), default=None)

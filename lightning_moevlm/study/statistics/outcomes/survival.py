@@ -69,6 +69,14 @@ class Survival:
     stable: int
     total: int
 
+    def __str__(self) -> str:
+        return f"{self.stable}/{self.total}"
+
+    @property
+    def failed(self) -> int:
+        """Runs that did not survive."""
+        return self.total - self.stable
+
     @classmethod
     def of(cls, finals: Mapping[int, Final]) -> "Survival":
         """Count the runs of one model. finals: by seed."""

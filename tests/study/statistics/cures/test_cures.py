@@ -113,7 +113,7 @@ def test_without_proof_there_is_no_share() -> None:
 
 def test_failed_and_missing_runs_are_said() -> None:
     found = cell((1.1, 1.0, 6.9), failed=[2])
-    assert (found.stable, found.total, found.verdict) == (2, 3, CureVerdict.UNCLEAR)
+    assert (found.survival, found.verdict) == (Survival(2, 3), CureVerdict.UNCLEAR)
     assert found.share == pytest.approx((1.8 + 2.0 - 3.8) / 6)
     assert found.note == "1 of 3 runs failed and count with their capped value"
     crashed = cell((1.1, 1.0, None))
