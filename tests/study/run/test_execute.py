@@ -196,7 +196,7 @@ def test_a_deleted_experiment_is_refused(uri):
         open_experiment(uri, "tiny")
 
 
-def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
+def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri, monkeypatch):
     # long enough that no child is done before the other, which may start late on a busy machine, has a checkpoint
     file = write_project(tmp_path, uri, {"budget": {"max_steps": 24}}, model={"seconds_per_step": 0.15})
     plan = plan_of(file)
@@ -211,6 +211,7 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
     states = by_seed(plan)
     assert [s.status for s in states] == [Status.INTERRUPTED] * 2 + [Status.PLANNED] * 2
 
+    monkeypatch.setenv("TINY_QUICK", "1")  # nobody interrupts these
     _, experiment, tally, _ = sweep(file)
     assert tally.started == 4
     assert_each_once(plan, experiment)
@@ -221,7 +222,7 @@ def test_sigkill_of_the_sweep_loses_and_doubles_nothing(tmp_path, uri):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGHUP, marks=pytest.mark.slow)])  # one handler
-def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, number):
+def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, number, monkeypatch):
     model = {"seconds_per_step": 0.3, "checkpoints": False}
     file = write_project(tmp_path, uri, {"seeds": [0]}, model)
     plan = plan_of(file)
@@ -241,6 +242,7 @@ def test_signals_end_children_and_restart_from_zero_does_not_mix(tmp_path, uri, 
     assert [state.status for state in before] == [Status.INTERRUPTED] * 2
     assert {row.status for row in find_runs(uri, "tiny", {ROLE: ROLE_ARM})} == {"KILLED"}
 
+    monkeypatch.setenv("TINY_QUICK", "1")  # nobody interrupts these
     _, experiment, tally, _ = sweep(file)
     assert tally.started == 2
     assert_each_once(plan, experiment)

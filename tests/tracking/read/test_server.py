@@ -107,7 +107,7 @@ def test_a_server_that_is_sick_or_silent_stops_no_training(
     relay.shut(answer)
     with pytest.warns(RuntimeWarning, match="is unavailable"):
         start = time.perf_counter()
-        for step in range(50):
+        for step in range(20):
             logger.log_metrics({"a": float(step)}, step)
             logger.log_tags({"step": str(step)})
             if step % 5 == 0:  # an upload takes the server longest
@@ -117,8 +117,8 @@ def test_a_server_that_is_sick_or_silent_stops_no_training(
     assert relay.num_refused > 0
     relay.open()
     logger.finalize()
-    assert len(metric_history(mlflow_server, str(logger.run_id), ["a"])) == 50
-    assert len(MlflowClient(mlflow_server).list_artifacts(str(logger.run_id))) == 10
+    assert len(metric_history(mlflow_server, str(logger.run_id), ["a"])) == 20
+    assert len(MlflowClient(mlflow_server).list_artifacts(str(logger.run_id))) == 4
     assert find_offline_logs(tmp_path) == []
 
 
