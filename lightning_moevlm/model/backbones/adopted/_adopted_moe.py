@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.backbones.adopted._their_router import TheirRouter
+from lightning_moevlm.model.backbones.adopted._their_router import TheirBiasRouter, TheirRouter
 from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, spread
+from lightning_moevlm.model.backbones.adopted.replace import Replacement
 from lightning_moevlm.model.backbones.adopted.seam import Gate
 from lightning_moevlm.model.dispatch import Dispatcher, Experts
 from lightning_moevlm.model.dispatch.expert_protocol import Linear
@@ -25,7 +26,6 @@ from lightning_moevlm.model.experts import ExpertStack
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
 from lightning_moevlm.model.precision import region
-from lightning_moevlm.model.routers import Router
 from lightning_moevlm.model.routers.choices import list_choices
 
 
@@ -38,7 +38,8 @@ class AdoptedMoE(MoEFFN):
         experts: theirs; they stay in their block, which owns them.
         current: what the running pass is about.
         modality: of the only tokens that the block may get without the others.
-        router: one of ours in place of theirs.
+        replacement: one of ours in place of theirs.
+        bias_rate: moves the bias of theirs, see `TheirBiasRouter`.
     """
 
     keeps_weights = True  # see `initialise`
@@ -50,16 +51,22 @@ class AdoptedMoE(MoEFFN):
         experts: nn.Module,
         current: CurrentPass,
         modality: Modality | None = None,
-        router: Router | None = None,
+        replacement: Replacement | None = None,
+        bias_rate: float | None = None,
     ) -> None:
         FeedForward.__init__(self)  # the constructor of MoEFFN would build experts
         self.dim, self.num_experts = gate.dim, gate.num_experts
-        self.router = TheirRouter(theirs, gate) if router is None else router
+        if replacement is not None:
+            self.router = replacement.router
+        else:
+            self.router = TheirRouter(theirs, gate) if bias_rate is None else TheirBiasRouter(theirs, gate, bias_rate)
+        self.factor = 1.0 if replacement is None else replacement.factor
         self.experts: ExpertStack = TheirExperts(experts, gate)
-        self.dispatcher = TheirDispatcher(experts)
+        self.dispatcher = TheirDispatcher(experts, replacement)
         self.capacity = self.factor_in_force = self.choose = None
         self.free = self.shared = self.hidden_norm = self.shared_hidden_norm = None
         self.path = ""
+        self.replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a part any more
         self.current, self.modality, self.order = current, modality, gate
 
     def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":  # type: ignore[override]
@@ -94,7 +101,7 @@ class AdoptedMoE(MoEFFN):
                 inputs = inputs._replace(expert_TK=self.choose(inputs))
             plan = self.router(inputs)
         assert isinstance(plan, PairPlan), "checked when it was adopted"
-        return plan
+        return plan if self.factor == 1.0 else plan._replace(weight_N=plan.weight_N * self.factor)
 
     def _replace(self, plan: PairPlan, results: tuple[Tensor, ...]) -> list[Tensor]:
         """Return their results with weights and indices of another plan, which a hook has made of their router's."""
@@ -175,14 +182,19 @@ class TheirExperts(ExpertStack):
 
 
 class TheirDispatcher(Dispatcher):
-    """Names the way in which transformers runs the experts.
+    """Names the way in which transformers runs the experts, and what became of its router.
 
     Args:
         theirs: the experts.
+        replacement: of the router.
     """
 
-    def __init__(self, theirs: nn.Module) -> None:
+    def __init__(self, theirs: nn.Module, replacement: Replacement | None) -> None:
         self._theirs = (theirs,)
+        self._router = ""
+        if replacement is not None:
+            origin = "with the model's weights" if replacement.carries else "from new weights"
+            self._router = f", {type(replacement.router).__name__} {origin}"
 
     def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
         """Their block runs them."""
@@ -191,7 +203,7 @@ class TheirDispatcher(Dispatcher):
     def record(self) -> str:
         """Return the back-end of the configuration."""
         config = getattr(self._theirs[0], "config", None)
-        return f"transformers, {getattr(config, '_experts_implementation', None) or 'eager'}"
+        return f"transformers, {getattr(config, '_experts_implementation', None) or 'eager'}{self._router}"
 
     def in_use(self) -> tuple[str, ...]:
         """Return the same."""

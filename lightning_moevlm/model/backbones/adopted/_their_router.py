@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.backbones.adopted.seam import SCORES, Gate, TheirScore
 from lightning_moevlm.model.routers import Router
@@ -78,6 +79,43 @@ class TheirRouter(Router):
         last, self._last = self._last, None
         assert last is not None, "it has been asked"
         return last
+
+
+class TheirBiasRouter(TheirRouter):
+    """Moves the bias that the router adds to its scores when it chooses, as it was trained with.
+
+        after each optimiser step:  b += u * sign(mean load - load)
+
+    Auxiliary-loss-free balancing (arXiv 2408.15664, algorithm 1). transformers holds the bias and never moves it.
+
+    Args:
+        theirs: the router.
+        gate: what it returns.
+        rate: u.
+
+    Raises:
+        UserError: the router has no such buffer.
+    """
+
+    def __init__(self, theirs: nn.Module, gate: Gate, rate: float) -> None:
+        super().__init__(theirs, gate)
+        self.rate = rate
+        self._bias_E()
+
+    @torch.no_grad()
+    def rebalance(self, load_AE: Tensor, tally: Tensor) -> None:
+        """Raise the bias of experts below the mean load and lower that of the others; no load, no change."""
+        load_E, bias_E = load_AE.sum(dim=0).float(), self._bias_E()
+        bias_E += self.rate * (load_E.mean() - load_E).sign().view_as(bias_E).to(bias_E.dtype)
+
+    def _bias_E(self) -> Tensor:
+        for name, buffer in self.theirs.named_buffers():
+            if name.endswith("bias") and buffer.numel() == self.num_experts:
+                return buffer
+        raise UserError(
+            f"model.backbone.bias_rate: {type(self.theirs).__name__} has no balancing bias as a buffer of its own; set "
+            "it to null, and balance by a loss or by model.backbone.router SigmoidBiasRouter"
+        )
 
 
 def read_scores(scores_TE: Tensor, score: TheirScore | None) -> tuple[Tensor, Tensor]:

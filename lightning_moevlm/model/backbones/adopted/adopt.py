@@ -1,26 +1,31 @@
 """Puts our layers where a transformers model has its routers, and takes them out again."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass
-from lightning_moevlm.model.backbones.adopted.seam import Seam, find_seams
+from lightning_moevlm.model.backbones.adopted.replace import carry, replace_router
+from lightning_moevlm.model.backbones.adopted.seam import find_seams
 from lightning_moevlm.model.routers import Router
 
-MakeRouter = Callable[[nn.Module, Seam], Router]
-"""Their router and its seam -> one of ours in its place."""
 
-
-def adopt(model: nn.Module, current: CurrentPass, make_router: MakeRouter | None = None) -> dict[str, AdoptedMoE]:
+def adopt(
+    model: nn.Module,
+    current: CurrentPass,
+    router: Callable[[int, int], Router] | None = None,
+    bias_rate: float | None = None,
+) -> dict[str, AdoptedMoE]:
     """Adopt every mixture of a model, in place.
 
     Args:
         model: of transformers.
         current: the pass that its layers will run in.
-        make_router: null keeps their routers.
+        router: factory (dim, num_experts) -> one of ours in place of each of theirs; None keeps theirs.
+        bias_rate: of their own balancing bias; None leaves it alone.
 
     Returns:
         The layers by their path in the model.
@@ -28,6 +33,11 @@ def adopt(model: nn.Module, current: CurrentPass, make_router: MakeRouter | None
     Raises:
         UserError: the model has no mixture that can be adopted, or one that cannot.
     """
+    if router is not None and bias_rate is not None:
+        raise UserError(
+            "model.backbone.bias_rate moves the bias of the model's own routers, and model.backbone.router replaces "
+            "them: set one of them to null; SigmoidBiasRouter has an update_rate"
+        )
     if getattr(model, "_tp_size", None) or getattr(model, "_device_mesh", None) is not None:
         raise UserError(
             f"{type(model).__name__} shards its experts or tensors over devices, and its routers then name experts of "
@@ -47,9 +57,28 @@ def adopt(model: nn.Module, current: CurrentPass, make_router: MakeRouter | None
         block = model.get_submodule(seam.path)
         theirs, experts = getattr(block, seam.name), block.experts
         assert isinstance(theirs, nn.Module) and isinstance(experts, nn.Module)
-        router = None if make_router is None else make_router(theirs, seam)
-        layer = AdoptedMoE(theirs, seam.gate, experts, current, seam.modality, router)
+        replacement = None if router is None else replace_router(theirs, seam, block, router)
+        layer = AdoptedMoE(theirs, seam.gate, experts, current, seam.modality, replacement, bias_rate)
+        if replacement is not None:
+            layer.replaced = (theirs,)
+            if replacement.carries:
+                carry(theirs, replacement.router)
         layer.train(theirs.training)
         setattr(block, seam.name, layer)
         layers[f"{seam.path}.{seam.name}" if seam.path else seam.name] = layer
     return layers
+
+
+@contextmanager
+def as_before(model: nn.Module) -> Iterator[None]:
+    """Put replaced routers back while the block runs; afterwards ours that carry their weights take them anew."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdoptedMoE) and layer.replaced}
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.replaced[0])
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
+            if getattr(layer.router, "keeps_weights", False):
+                carry(layer.replaced[0], layer.router)

@@ -7,7 +7,7 @@ text. Chat templates and the special tokens of a checkpoint's processor are not 
 """
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.contracts.special_tokens import PAD
 from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
-from lightning_moevlm.model.backbones.adopted.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, Origin, build, draw, takes
 from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, Tokens
 from lightning_moevlm.model.backbones.adopted.images import image_inputs
@@ -29,11 +29,12 @@ from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, me
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.past import Past
-from lightning_moevlm.model.layers import count_parameters
+from lightning_moevlm.model.layers import check_causal, count_parameters
+from lightning_moevlm.model.routers import Router
 
 
 class HuggingFaceModel(Backbone):
-    """A model of transformers as backbone; the routing is the model's own, to the bit.
+    """A model of transformers as backbone; the routing is the model's own, to the bit, or that of a router of ours.
 
     Args:
         path: a directory that `save_pretrained` wrote, or the name of a model on the hub.
@@ -45,6 +46,10 @@ class HuggingFaceModel(Backbone):
         dtype: of weights and computation.
         attention: implementation of attention, such as sdpa or eager; null takes the model's.
         experts_backend: how transformers runs the experts; null takes the model's.
+        router: factory (dim, num_experts) -> Router in place of each of the model's. It takes their weights where it
+            decides as they do, which is asked of it; else it starts anew. null keeps the model's routers.
+        bias_rate: u of loss-free balancing by the model's own e_score_correction_bias, 1e-3 in the papers; null leaves
+            the bias as it is, as transformers does.
         frozen: parts that are not trained: vision, connector, language, routers, all_but_routers.
         lora: trains adapters and, by default, routers, and nothing else; null trains everything that is not frozen.
         gradient_checkpointing: layers run again in the backward pass, which needs less memory.
@@ -70,6 +75,8 @@ class HuggingFaceModel(Backbone):
         dtype: DType = "float32",
         attention: str | None = None,
         experts_backend: ExpertsBackend | None = None,
+        router: Callable[[int, int], Router] | None = None,
+        bias_rate: float | None = None,
         frozen: tuple[Part, ...] = (),
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
@@ -93,7 +100,7 @@ class HuggingFaceModel(Backbone):
         dim, ids = self.text_config.hidden_size, self.text_config.vocab_size
         self.spec = BackboneSpec(dim, image_size, patch_size, ids, max_text_len, predicts_text=True)
         self.current = CurrentPass()
-        layers = adopt(self.model, self.current)
+        layers = adopt(self.model, self.current, router, bias_rate)
         for place, layer in layers.items():
             layer.path = f"model.{place}"
         if gradient_checkpointing:
@@ -102,11 +109,13 @@ class HuggingFaceModel(Backbone):
         if lora is not None:
             add_adapters(self.model, layers.values(), lora)
         freeze(self.model, list(layers.values()), frozen)
+        check_causal(self)
 
     def draw_weights(self, seed: int) -> None:
         """Draw the weights of a model that was not loaded; see `initialise`."""
         if not self._is_loaded and not self.text_embedding_VD.is_meta:
-            draw(self.model, seed)
+            with as_before(self.model):  # so that a replaced router moves no other weight
+                draw(self.model, seed)
 
     @property
     def layers(self) -> list[AdoptedMoE]:

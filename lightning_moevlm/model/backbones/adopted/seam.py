@@ -100,22 +100,37 @@ def _examine(block: nn.Module, gate: nn.Module, experts: nn.Module) -> Gate | st
     takes = _positional(experts)
     if len(takes) < 3:
         return f"its experts take ({', '.join(takes)}), and not tokens, indices and weights"
-    more, missing = _more_arguments(gate, block)
+    _, missing = _more_arguments(gate, block, _NUM_TRIALS)
     if missing:
         return f"its router also needs {missing}"
-    trial = _random_copy(gate)
+    trial = random_copy(gate)
     complaints: list[str] = []
     for dim in _widths(gate, experts):
-        for shape in ((_NUM_TRIALS, dim), (1, _NUM_TRIALS, dim)):
-            hidden = torch.randn(shape, generator=torch.Generator("cpu").manual_seed(dim), device="cpu")
-            try:
-                with torch.no_grad():
-                    results = trial(hidden, **more)
-            except (RuntimeError, ValueError, IndexError) as error:  # another width or number of axes
-                complaints.append(str(error).split("\n")[0])
-                continue
+        sample = torch.Generator("cpu").manual_seed(dim)
+        tokens_TD = torch.randn((_NUM_TRIALS, dim), generator=sample, device="cpu")
+        results = ask(trial, block, tokens_TD)
+        if not isinstance(results, str):
             return _read(results, dim)
+        complaints.append(results)
     return f"its router takes no tokens: {complaints[0] if complaints else 'no width fits'}"
+
+
+def ask(trial: nn.Module, block: nn.Module, tokens_TD: Tensor) -> tuple[Tensor, ...] | str:
+    """Return what a copy of a block's router answers, without gradient, or its complaint.
+
+    Tokens are given as a list, and, should it not take that, as one sequence.
+    """
+    more, _ = _more_arguments(trial, block, len(tokens_TD))
+    complaint = ""
+    for hidden in (tokens_TD, tokens_TD.unsqueeze(0)):
+        try:
+            with torch.no_grad():
+                results: tuple[Tensor, ...] = trial(hidden, **more)
+        except (RuntimeError, ValueError, IndexError) as error:  # another width or number of axes
+            complaint = complaint or str(error).split("\n")[0]
+            continue
+        return results
+    return complaint
 
 
 def _positional(module: nn.Module) -> list[str]:
@@ -123,7 +138,7 @@ def _positional(module: nn.Module) -> list[str]:
     return [name for name, each in inspect.signature(module.forward).parameters.items() if each.kind in kinds]
 
 
-def _more_arguments(gate: nn.Module, block: nn.Module) -> tuple[dict[str, Tensor], str]:
+def _more_arguments(gate: nn.Module, block: nn.Module, num_tokens: int) -> tuple[dict[str, Tensor], str]:
     """Return arguments of a router beside the tokens, and the name of one that it requires and nobody knows."""
     parameters = list(inspect.signature(gate.forward).parameters.values())[1:]
     found: dict[str, Tensor] = {}
@@ -132,7 +147,7 @@ def _more_arguments(gate: nn.Module, block: nn.Module) -> tuple[dict[str, Tensor
         if each.kind in (each.VAR_POSITIONAL, each.VAR_KEYWORD):
             continue
         if each.name == "input_ids":
-            found[each.name] = torch.zeros(1, _NUM_TRIALS, dtype=torch.int64, device="cpu")
+            found[each.name] = torch.zeros(1, num_tokens, dtype=torch.int64, device="cpu")
         elif each.name.endswith("bias") and biases:  # the block keeps it
             found[each.name] = torch.zeros(biases[0].shape, device="cpu")
         elif each.default is inspect.Parameter.empty:
@@ -145,7 +160,7 @@ def _tensors(block: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from block.named_buffers(recurse=False)
 
 
-def _random_copy(gate: nn.Module) -> nn.Module:
+def random_copy(gate: nn.Module) -> nn.Module:
     """Return a copy with random matrices and everything else as it is: fp32, on the CPU, in evaluation."""
     if any(tensor.is_meta for tensor in (*gate.parameters(), *gate.buffers())):
         trial = copy.deepcopy(gate).to_empty(device="cpu")
