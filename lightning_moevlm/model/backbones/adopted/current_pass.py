@@ -70,7 +70,13 @@ class CurrentPass:
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         """Return the contexts of a checkpointed layer, as torch's `context_fn`: of its pass, and of its second run."""
-        return nullcontext(), self._again(self._tokens)
+        return nullcontext(), _Again(self, self._tokens)
+
+    def swap(self, tokens: Tokens | None, records: bool) -> tuple[Tokens | None, bool]:
+        """Let another pass run, and return the one before with whether it records."""
+        before = self._tokens, self._records
+        self._tokens, self._records = tokens, records
+        return before
 
     def place(self, tokens_TD: Tensor, modality: Modality | None) -> Places:
         """Return what a router's tokens are.
@@ -95,14 +101,19 @@ class CurrentPass:
             )
         return Places(RoutingInput(tokens_TD, modality_T[index_T], valid_T[index_T]), index_T)
 
-    @contextmanager
-    def _again(self, tokens: Tokens | None) -> Iterator[None]:
-        before = self._tokens, self._records
-        self._tokens, self._records = tokens, False
-        try:
-            yield
-        finally:
-            self._tokens, self._records = before
+
+class _Again:
+    """Runs a layer again in the pass that it belongs to, recording nothing; may be entered many times."""
+
+    def __init__(self, current: CurrentPass, tokens: Tokens | None) -> None:
+        self._current, self._tokens = current, tokens
+        self._before: list[tuple[Tokens | None, bool]] = []
+
+    def __enter__(self) -> None:
+        self._before.append(self._current.swap(self._tokens, False))
+
+    def __exit__(self, *_: object) -> None:
+        self._current.swap(*self._before.pop())
 
 
 def spread(plan: PairPlan, index_T: Tensor, tokens: Tokens) -> PairPlan:
