@@ -15,7 +15,8 @@ epoch.
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 from typing import Any, TypedDict
 
@@ -129,16 +130,19 @@ class ShardLoader:
         """
         self._cursor = self._next_start()
         self._resume_here = False
-        arriving = self._read(self._cursor)
         before = Counter(self.lost)
-        staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
-        for delivery in look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
-            if isinstance(delivery, Failure):
-                raise UserError(delivery.message)
-            self._take(delivery)
-            if self._cursor.batch == self._batches_per_epoch and self.lost != before:
-                warnings.warn(f"samples lost in this epoch: {_describe_losses(self.lost - before)}", stacklevel=2)
-            yield delivery.batch
+        # closed here, also after an error, whose traceback keeps this frame: workers of an iterator that the garbage
+        # collector finds are not asked to end, since their queues go first, and each is waited for 5 s
+        with closing(self._read(self._cursor)) as arriving:
+            staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
+            for delivery in look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
+                if isinstance(delivery, Failure):
+                    raise UserError(delivery.message)
+                self._take(delivery)
+                if self._cursor.batch == self._batches_per_epoch and self.lost != before:
+                    text = f"samples lost in this epoch: {_describe_losses(self.lost - before)}"
+                    warnings.warn(text, stacklevel=2)
+                yield delivery.batch
 
     def _pools(self) -> list[BufferPool]:
         """Return a pool for this process, or for each of its workers."""
@@ -153,7 +157,7 @@ class ShardLoader:
     def _pins(self) -> bool:
         return self._stage is not None and self._stage.device.type == "cuda"
 
-    def _read(self, start: Cursor) -> Iterator[Delivery | Failure]:
+    def _read(self, start: Cursor) -> Generator[Delivery | Failure]:
         pools = self._pools()
         loader: DataLoader[Delivery | Failure] = DataLoader(
             WorkerStream(self._reader, start, self._reader.num_batches, pools),
@@ -267,7 +271,7 @@ def _describe_losses(lost: Counter[Cause]) -> str:
     return ", ".join(f"{cause} {count}" for cause, count in sorted(lost.items()))
 
 
-def _unpack_all(deliveries: Iterable[Delivery | Failure], pools: Sequence[BufferPool]) -> Iterator[Delivery | Failure]:
+def _unpack_all(deliveries: Iterable[Delivery | Failure], pools: Sequence[BufferPool]) -> Generator[Delivery | Failure]:
     for item in deliveries:
         if isinstance(item, Delivery) and item.pooled is not None:
             yield item._replace(batch=unpack(item.batch, item.pooled, pools), pooled=None)

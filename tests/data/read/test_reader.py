@@ -1,6 +1,7 @@
 """Reading real shards: who gets which sample, in which order, and what happens when a shard is broken."""
 
 from collections import Counter
+from multiprocessing import active_children
 from pathlib import Path
 
 import pytest
@@ -189,9 +190,11 @@ def test_a_broken_shard_stops_the_epoch_with_one_line(scenes_copy: Path, num_wor
     # a truncated tar passes WebDataset silently, even with its strictest handler
     shard = scenes_copy / "train-000002.tar"
     shard.write_bytes(shard.read_bytes()[:5000])
+    before = set(active_children())
     with pytest.raises(UserError, match=r"train-000002\.tar is truncated") as error:
         _keys(ShardLoader(_reader(scenes_copy), num_workers))
     assert "\n" not in str(error.value)
+    assert set(active_children()) <= before  # the workers have ended, although the traceback is kept
 
 
 def test_missing_and_altered_shards(scenes_copy: Path) -> None:
