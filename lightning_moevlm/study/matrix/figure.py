@@ -4,16 +4,17 @@ A cell's colour is its verdict, in colours that people with any common colour de
 in it too.
 """
 
+from collections.abc import Mapping, Sequence
+
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.patches import Rectangle
 
-from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Row, SideEffect
 from lightning_moevlm.study.matrix.tables import CLAIMED, share_table
 from lightning_moevlm.study.matrix.texts import (
     UNPROVED,
     describe_cost,
-    find_side_effect,
     format_share,
     format_share_interval,
 )
@@ -36,6 +37,7 @@ _PLAIN = ("none", INK)  # unclear and missing: the ground of the page
 _LETTERS_OF_ILLNESS, _LETTERS_OF_CURE = 22, 12
 _COLUMN_INCHES, _ROW_INCHES, _LEFT_INCHES = 0.86, 0.72, 2.4
 _STRIP = ("side effect", "time of a step", "peak memory")
+_STRIP_ROWS = 0.6 * len(_STRIP)  # in heights of an illness's row
 
 
 def draw_matrix(matrix: Matrix) -> ReportFigure:
@@ -47,7 +49,8 @@ def draw_matrix(matrix: Matrix) -> ReportFigure:
 def _draw(matrix: Matrix) -> ReportFigure:
     columns = (*matrix.cures, "all")
     num_rows = len(matrix.rows)
-    figure = new_figure(1.7 + _ROW_INCHES * num_rows + 0.42 * len(_STRIP))
+    models = matrix.by_healthy_model
+    figure = new_figure(1.7 + _ROW_INCHES * num_rows + 0.42 * len(_STRIP) * len(models))
     figure.set_figwidth(max(8.0, _LEFT_INCHES + _COLUMN_INCHES * len(columns)))
     axes = figure.subplots()
     for place, row in enumerate(matrix.rows):
@@ -57,7 +60,8 @@ def _draw(matrix: Matrix) -> ReportFigure:
             if cell is not None:
                 is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
                 _draw_cell(axes, column, place, cell, is_claimed)
-    _draw_strip(axes, matrix, num_rows)
+    for number, model in enumerate(models):
+        _draw_strip(axes, matrix.cures, model, num_rows + number * _STRIP_ROWS)
     _label(axes, matrix, columns)
     title = "Share of an illness's damage that each cure undoes"
     alt = f"Matrix of {num_rows} illnesses and {len(matrix.cures)} cures. The sentences below say what each row shows."
@@ -66,7 +70,8 @@ def _draw(matrix: Matrix) -> ReportFigure:
 
 def _label(axes: Axes, matrix: Matrix, columns: tuple[str, ...]) -> None:
     num_rows = len(matrix.rows)
-    bottom = num_rows + 0.25 + 0.6 * len(_STRIP)
+    models = matrix.by_healthy_model
+    bottom = num_rows + 0.25 + _STRIP_ROWS * len(models)
     axes.set_xlim(-0.5, len(columns) - 0.5)
     axes.set_ylim(bottom - 0.5, -0.5)
     names = [wrap(name, _LETTERS_OF_CURE) for name in columns]
@@ -77,10 +82,8 @@ def _label(axes: Axes, matrix: Matrix, columns: tuple[str, ...]) -> None:
         ha="center" if len(columns) <= 8 else "left",
     )
     axes.xaxis.tick_top()
-    strip = [num_rows + 0.05 + 0.6 * i for i in range(len(_STRIP))]
-    axes.set_yticks(
-        [*range(num_rows), *strip], [*map(_label_row, matrix.rows), *(f"healthy: {word}" for word in _STRIP)]
-    )
+    strip = [num_rows + 0.05 + 0.6 * i for i in range(len(_STRIP) * len(models))]
+    axes.set_yticks([*range(num_rows), *strip], [*map(_label_row, matrix.rows), *_label_strips(models)])
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
@@ -92,6 +95,13 @@ def _label(axes: Axes, matrix: Matrix, columns: tuple[str, ...]) -> None:
     for label, row in zip(axes.get_yticklabels(), matrix.rows, strict=False):
         label.set_fontweight("bold" if row.proved else "normal")
         label.set_fontsize(9)
+
+
+def _label_strips(models: Sequence[Mapping[str, SideEffect]]) -> list[str]:
+    """Return the labels of the strips; of several healthy models, each is named by the first of its illnesses."""
+    firsts = [next(iter(model.values())).studies[0] for model in models]
+    names = ["healthy"] if len(models) == 1 else [f"healthy of {first}" for first in firsts]
+    return [f"{name}: {word}" for name in names for word in _STRIP]
 
 
 def _label_row(row: Row) -> str:
@@ -147,20 +157,20 @@ def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool
     axes.text(column, place + 0.28, f"{effect.verdict}{survived}", ha="center", va="center", fontsize=7.5, color=ink)
 
 
-def _draw_strip(axes: Axes, matrix: Matrix, num_rows: int) -> None:
-    """Draw what each cure does to the healthy model, and its cost."""
-    for column, cure in enumerate(matrix.cures):
-        one = find_side_effect(matrix, cure)
+def _draw_strip(axes: Axes, cures: Sequence[str], model: Mapping[str, SideEffect], top: float) -> None:
+    """Draw what each cure does to one healthy model, and its cost."""
+    for column, cure in enumerate(cures):
+        one = model.get(cure)
         if one is None:
             continue
         verdict = one.effect.verdict if one.effect else ""
         fill, ink = _FILL.get(verdict, _PLAIN)
-        _box(axes, column, num_rows + 0.05, 0.55, fill)
+        _box(axes, column, top + 0.05, 0.55, fill)
         effect = "no runs" if one.effect is None or one.effect.centre is None else format_signed(one.effect.centre)
         for i, text in enumerate((effect, describe_cost(one.time), describe_cost(one.memory))):
             axes.text(
                 column,
-                num_rows + 0.05 + 0.6 * i,
+                top + 0.05 + 0.6 * i,
                 text,
                 ha="center",
                 va="center",

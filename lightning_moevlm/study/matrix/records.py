@@ -156,6 +156,14 @@ class Matrix:
         return tuple((row.illness, cell) for row in self.rows for cell in row.cells if cell.fresh is not None)
 
     @property
+    def by_healthy_model(self) -> tuple[Mapping[str, SideEffect], ...]:
+        """The side effects by cure, of each healthy model."""
+        models: dict[frozenset[str], dict[str, SideEffect]] = {}
+        for one in self.side_effects:
+            models.setdefault(one.healthy, {})[one.cure] = one
+        return tuple(models.values())
+
+    @property
     def missing(self) -> Mapping[str, tuple[str, ...]]:
         """Names of runs without a result, by study; studies that have all are absent."""
         lacking = {

@@ -58,7 +58,7 @@ def advice_table(matrix: Matrix) -> Table:
         ranked = sorted(works, key=_surest_first)
         signs = ", ".join(sign.metric for sign in row.signs) or NOTHING
         for cell in ranked[:_MOST_ADVICE]:
-            rows.append((signs, row.illness, cell.label, *_cost(matrix, cell), _how_sure(row, cell)))
+            rows.append((signs, row.illness, cell.label, *_cost(matrix, row, cell), _how_sure(row, cell)))
         if not ranked:
             is_tried = any(cell.effect for cell in row.cells)
             answer = "nothing tried is shown to help" if is_tried else "no cure has been tried yet"
@@ -282,11 +282,11 @@ def _surest_first(cell: Cell) -> tuple[bool, float]:
     return cell.effect.verdict is not CureVerdict.CURES, -cell.effect.share
 
 
-def _cost(matrix: Matrix, cell: Cell) -> tuple[str, str, str]:
-    """Return side effect, time and memory of a single cure."""
+def _cost(matrix: Matrix, row: Row, cell: Cell) -> tuple[str, str, str]:
+    """Return side effect, time and memory of a single cure, on the healthy model of the illness."""
     if len(cell.cures) > 1:
         return ("see its parts", NOTHING, NOTHING)
-    one = find_side_effect(matrix, cell.cures[0])
+    one = find_side_effect(matrix, cell.cures[0], row.illness)
     if one is None or one.effect is None or one.effect.centre is None:
         return ("not measured", NOTHING, NOTHING)
     return (f"{format_signed(one.effect.centre)} {one.effect.text}", describe_cost(one.time), describe_cost(one.memory))

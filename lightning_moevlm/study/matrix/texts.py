@@ -86,9 +86,10 @@ def describe_missing(matrix: Matrix) -> str:
     return f"{count} runs have no result yet, and their cells are empty. {advice}" if count else ""
 
 
-def find_side_effect(matrix: Matrix, cure: str) -> SideEffect | None:
-    """Return the side effect of a cure on the healthy model that most studies share; None if it was not measured."""
-    return max((one for one in matrix.side_effects if one.cure == cure), key=lambda one: len(one.studies), default=None)
+def find_side_effect(matrix: Matrix, cure: str, illness: str) -> SideEffect | None:
+    """Return the side effect of a cure on the healthy model of an illness; None if it was not measured."""
+    own = next((one.healthy for one in matrix.side_effects if illness in one.studies), None)
+    return next((one for one in matrix.side_effects if one.cure == cure and one.healthy == own), None)
 
 
 def _describe_row(row: Row) -> str:

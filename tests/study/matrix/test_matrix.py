@@ -3,16 +3,19 @@
 import json
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from lightning_moevlm.study.compare.results import read_finals
+from lightning_moevlm.study.matrix.figure import draw_matrix
 from lightning_moevlm.study.matrix.judge_matrix import make_matrix
 from lightning_moevlm.study.matrix.records import Matrix, Row
 from lightning_moevlm.study.matrix.strongest import find_strongest, repeat
 from lightning_moevlm.study.matrix.surprises import describe_surprises, find_surprises
 from lightning_moevlm.study.matrix.tables import (
+    advice_table,
     all_tables,
     claims_table,
     fresh_table,
@@ -146,6 +149,23 @@ def test_a_cure_that_two_studies_try_on_one_healthy_model_is_one_record(row) -> 
     assert (str(warm.effect.verdict), warm.time) == ("hurts", 0.0)
     assert warm.effect.mean == pytest.approx(0.4, abs=0.02)
     assert judged.cures[0] == "warm"  # most illnesses have it
+
+
+def test_advice_names_side_effects_on_the_healthy_model_of_the_illness(row) -> None:
+    """Two bases: the cure costs 0.4 on the one that two studies share, and gains 0.2 on the other."""
+    rows = [
+        row(loss_by_share(warm=1.0, healthy__warm=0.4), "fever", ("warm",)),
+        row(loss_by_share(warm=1.0, healthy__warm=0.4), "chill", ("warm",)),
+        row(loss_by_share(warm=1.0, healthy__warm=-0.2), "deep", ("warm",)),
+    ]
+    [own] = rows[2].side_effects
+    other = replace(own, healthy=frozenset({"another base"}))
+    judged = matrix_of(*rows[:2], replace(rows[2], side_effects=(other,)))
+    assert [tuple(model) for model in judged.by_healthy_model] == [("warm",), ("warm",)]
+    advice = {cells[1]: cells[3] for cells in advice_table(judged).rows}
+    assert float(advice["fever"].split()[0]) == pytest.approx(0.4, abs=0.02) and advice["chill"] == advice["fever"]
+    assert float(advice["deep"].split()[0]) == pytest.approx(-0.2, abs=0.02)
+    assert draw_matrix(judged).png.startswith(b"\x89PNG")
 
 
 def test_strongest_cells_are_repeated_on_fresh_seeds(row, tmp_path: Path) -> None:
