@@ -29,12 +29,25 @@ def asked() -> set[str]:
     return set()
 
 
+def make_sets_of_tasks(moevlm: Callable[..., str], scenes_root: Path) -> None:
+    """What conf/overlays/scenes_20k.yaml names, of few scenes."""
+    scenes = Path("data/shards/scenes-20k")
+    scenes.symlink_to(scenes_root, target_is_directory=True)
+    for kind in ("questions", "statements"):
+        moevlm("data", "convert", kind, str(scenes), "--licence", "CC0", "--out", f"{scenes}-{kind}")
+    moevlm("data", "answers", f"{scenes}-questions")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("study", STUDIES)
 def test_every_arm_passes(
     study: str, resolver: ConfigResolver, asked: set[str], moevlm: Callable[..., str], scenes_root: Path, tmp_path: Path
 ) -> None:
     declared = read_study(Path(f"ablations/{study}.yaml"))
+    has_tasks = any(file.stem == "scenes_20k" for file in declared.base)
+    if has_tasks:
+        make_sets_of_tasks(moevlm, scenes_root)
+    data = ["--data.batch_size=12"] if has_tasks else [f"--data.root={scenes_root}", "--data.batch_size=4"]
     one_seed = replace(declared.comparison, seeds=declared.comparison.seeds[:1])
     plan = plan_study(replace(declared, comparison=one_seed), resolver, describe_model)
     for run in plan.runs:
@@ -46,7 +59,4 @@ def test_every_arm_passes(
         asked.add(told)
         config = tmp_path / "arm.json"
         config.write_text(json.dumps(run.resolved), encoding="utf-8")
-        moevlm(
-            "fit", "-c", str(config), "--trainer.fast_dev_run=true", f"--data.root={scenes_root}",
-            "--data.batch_size=4", "--data.num_workers=0",
-        )  # fmt: skip
+        moevlm("fit", "-c", str(config), "--trainer.fast_dev_run=true", *data, "--data.num_workers=0")

@@ -5,7 +5,8 @@
 Zhou et al. 2022 (arXiv 2202.09368, section 3.1). With sigmoid scores an expert's score of a token does not depend on
 the other experts (MoMa, arXiv 2407.21770, section 2.2), so even a single expert learns a weight. A token may get
 several experts or none. Tokens compete across the batch, so it is not causal: training would see the future. In
-evaluation, too, the output for a sample depends on the other samples of its batch.
+evaluation, too, the output for a sample depends on the other samples of its batch. MoMa measures its causal loss with
+auxiliary routers that learn afterwards which tokens an expert takes; there are none here, and causal models refuse it.
 """
 
 import math
