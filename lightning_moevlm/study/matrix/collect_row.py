@@ -24,6 +24,7 @@ from lightning_moevlm.tracking.read.series import Series
 
 Runs = Sequence[RunResult]
 _ALL, _ALL_BUT = f"{SICK}__all", f"{SICK}__all_but_"
+_STEADY = 1.25  # slowest by fastest run of an arm, up to which their times are compared
 
 
 def collect_row(study: Comparison, results: Runs) -> Row:
@@ -100,7 +101,7 @@ def _side_effect(study: Comparison, rule: Rule, cure: str, healthy: Runs, cured:
         (study.name,),
         None if missing else judge_damage(before, after, study.seeds, rule).effect,
         _outcome(study, cured),
-        _relative([_seconds(run) for run in cured], [_seconds(run) for run in healthy]),
+        _relative_time([_seconds(run) for run in cured], [_seconds(run) for run in healthy]),
         _relative([peak_memory_of_run(run) for run in cured], [peak_memory_of_run(run) for run in healthy]),
         missing,
     )
@@ -117,6 +118,18 @@ def _seconds(run: RunResult) -> float | None:
     """Return the seconds per sample of a run."""
     speed = measure_throughput(run)
     return 1 / speed if speed else None
+
+
+def _relative_time(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
+    """Return the relative time; None if the runs of one arm differ by more than `_STEADY`.
+
+    Then other work ran beside some of them, and a difference between arms may be due to it.
+    """
+    for times in (ours, theirs):
+        known = [time for time in times if time is not None]
+        if known and max(known) > _STEADY * min(known):
+            return None
+    return _relative(ours, theirs)
 
 
 def _relative(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:

@@ -127,7 +127,7 @@ def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool
         mark = INK if effect is None else ink
         axes.text(column + 0.46, place - 0.44, CLAIMED, ha="right", va="top", fontsize=9, color=mark)
     if effect is None:
-        axes.text(column, place, "no runs", ha="center", va="center", fontsize=7, style="italic", color=INK)
+        axes.text(column, place, "incomplete", ha="center", va="center", fontsize=7, style="italic", color=INK)
         return
     if effect.share is None:
         axes.text(column, place, "–", ha="center", va="center", fontsize=9, color=ink)
@@ -166,7 +166,7 @@ def _draw_strip(axes: Axes, cures: Sequence[str], model: Mapping[str, SideEffect
         verdict = one.effect.verdict if one.effect else ""
         fill, ink = _FILL.get(verdict, _PLAIN)
         _box(axes, column, top + 0.05, 0.55, fill)
-        effect = "no runs" if one.effect is None or one.effect.centre is None else format_signed(one.effect.centre)
+        effect = "incomplete" if one.effect is None or one.effect.centre is None else format_signed(one.effect.centre)
         for i, text in enumerate((effect, describe_cost(one.time), describe_cost(one.memory))):
             axes.text(
                 column,

@@ -70,6 +70,7 @@ def advice_table(matrix: Matrix) -> Table:
         (
             "The sign is a metric of the run. Each illness has at most four cures here, the surest first.",
             "Side effect: on the healthy model, in the metric's unit. Time of a step and peak memory: relative to it.",
+            "No time is shown where the runs of one arm differ by more than a quarter: other work ran beside them.",
         ),
         essential=3,
     )

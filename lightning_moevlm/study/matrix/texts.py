@@ -115,7 +115,7 @@ def _describe_row(row: Row) -> str:
         ]
         if names:
             lists.append(f"{word} {', '.join(names)}")
-    return f"{row.illness} ({size}): {'; '.join(lists) or 'no cure has run yet'}."
+    return f"{row.illness} ({size}): {'; '.join(lists) or 'no cure has a result in every seed yet'}."
 
 
 def _bound(share: float) -> str:

@@ -279,3 +279,16 @@ def test_everything_is_written_from_one_record(row, tmp_path: Path) -> None:
     assert [one["cures"] for one in record["surprises"] if one["kind"] == "harms"] == ["norm"]
     assert record["cures"] == ["warm", "clip", "norm", "pill"]
     assert (folder / "matrix.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("speeds", "time"), [((50.0, 50.0, 50.0), 1.0), ((50.0, 45.0, 41.0), 100 / 45 - 1), ((50.0, 45.0, 39.0), None)]
+)
+def test_times_of_runs_that_shared_a_busy_machine_are_not_compared(tmp_path: Path, speeds, time: float | None) -> None:
+    def series(run: PlannedRun) -> dict[str, Series]:
+        own = speeds[run.seed] if run.arm == "healthy__warm" else 100.0
+        return {"throughput/samples_per_second": Series((1, 2, 3), (own,) * 3)}
+
+    judged = matrix_of(row_of(write_cures(tmp_path, "fever", ("warm", "clip")), loss_by_share(), series))
+    times = {one.cure: one.time for one in judged.side_effects}
+    assert times == {"warm": None if time is None else pytest.approx(time), "clip": 0.0}
