@@ -3,7 +3,7 @@
     red apple owner k e a p          name, relation, four letters
 
 A fact belongs to a name and a relation together; neither tells anything about it alone. So a model needs a memory
-addressed by two words. One layer of attention cannot be one, since each word it reads adds its own vote (Elhage et al.
+addressed by two words. One layer of attention is a poor one, since each word it reads adds its own vote (Elhage et al.
 2021, "A mathematical framework for transformer circuits": skip-trigrams). Feed-forwards can (Geva et al., arXiv
 2012.14913), and experts are for such memories (Jelassi et al., arXiv 2410.19034: a phone book).
 
