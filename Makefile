@@ -16,9 +16,9 @@ $(INSTALLED): pyproject.toml constraints.txt
 	$(BIN)/python -m compileall -q -j 0 -x '/test(s|ing)/' $(VENV)/lib  # on all cores; pip takes one
 	@touch $@
 
-demo: $(INSTALLED) ## Draw a demo set, train a real ablation of a real MoE vision-language model, write its report
+demo: $(INSTALLED) ## Draw a demo set, make a real MoE vision-language model sick, try three cures, write the matrix
 	$(BIN)/moevlm data build scenes
-	$(BIN)/moevlm sweep run ablations/quickstart.yaml
+	$(BIN)/moevlm sweep run ablations/demo
 
 test: $(INSTALLED) ## Run the tests (minutes)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist worksteal  # a worker per core, a thread per worker

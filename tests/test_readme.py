@@ -92,7 +92,9 @@ def test_the_map_names_files_that_exist() -> None:
 
 
 def test_pictures_and_files_exist() -> None:
-    for target in re.findall(r"\]\(([^)h][^)]*)\)", README):
+    shown = re.findall(r'(?:src|srcset)="([^"]+)"', README)
+    assert shown
+    for target in (*re.findall(r"\]\(([^)h][^)]*)\)", README), *shown):
         assert (PROJECT / target).is_file(), target
     for guide in GUIDES:
         for target in re.findall(r"`((?:conf|ablations|data|tests)/[\w/]+\.(?:yaml|md|py|png))`", guide):
@@ -101,5 +103,5 @@ def test_pictures_and_files_exist() -> None:
 
 def test_demo_runs_what_the_readme_says() -> None:
     demo = MAKEFILE.split("\ndemo:")[1].split("\n\n")[0]
-    assert "moevlm data build scenes" in demo and "moevlm sweep run ablations/quickstart.yaml" in demo
+    assert "moevlm data build scenes" in demo and "moevlm sweep run ablations/demo" in demo
     assert shutil.which("make")

@@ -11,7 +11,7 @@ from lightning_moevlm.common.errors import UserError
 if TYPE_CHECKING:
     from lightning_moevlm.study.any_runs import Describe
 
-_LISTS = ("--by", "--also", "--guard")  # options that may be given more than once
+_LISTS = ("--by", "--also", "--guard", "--did_not_learn")  # options that may be given more than once
 _ALONE = ("--help", "--print_config")  # options without a value
 
 
@@ -24,6 +24,7 @@ def compare(
     within: float | None = None,
     guard: list[str] | None = None,
     also: list[str] | None = None,
+    did_not_learn: list[str] | None = None,
     correction: Literal["none", "holm"] = "holm",
     unfair: bool = False,
     report: str | None = None,
@@ -50,6 +51,8 @@ def compare(
         guard: METRIC=AMOUNT, a metric that may not get worse by more than that; may be repeated. An arm that breaks it
             does not help.
         also: A further metric to report, without a verdict; may be repeated.
+        did_not_learn: KEY=VALUE of the rule by which a run that reached its end failed, as in a study file, e.g.
+            share_of_healthy=0.8, no_better_than=val/majority_text or stalled_steps=200; may be repeated.
         correction: Correction of the p values over all comparisons with the baseline.
         unfair: Compare also runs that differ in steps, schedule, batch, data, their order or validation samples.
         report: Folder for HTML, Markdown and images; null writes none.
@@ -68,7 +71,17 @@ def compare(
     folder = None if report is None else Path(report).absolute()
     if folder is not None:
         any_runs.refuse_other_folder(folder)
-    rules = any_runs.Rules(metric, direction, within, baseline, tuple(by or ()), tuple(also or ()), guards, correction)
+    rules = any_runs.Rules(
+        metric,
+        direction,
+        within,
+        baseline,
+        tuple(by or ()),
+        tuple(also or ()),
+        guards,
+        correction,
+        dict(_key_and_value(one) for one in did_not_learn or ()),
+    )
     refuse = not unfair and records != "fairness"
     result = any_runs.compare_runs(any_runs.find_store(tracking_uri), runs, rules, _describe, unfair, refuse)
     page = None if folder is None else any_runs.write_comparison(result, folder, runs, by or (), unfair)
@@ -121,3 +134,10 @@ def _guard(text: str) -> tuple[str, float]:
             "drop_rate/block1/text=0.05"
         )
     return metric, at_most
+
+
+def _key_and_value(text: str) -> tuple[str, str]:
+    key, equals, value = text.partition("=")
+    if not key or not equals or not value:
+        raise UserError(f"--did_not_learn {text}: write KEY=VALUE, e.g. share_of_healthy=0.8")
+    return key, value

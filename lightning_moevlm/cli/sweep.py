@@ -92,7 +92,7 @@ def status(file: str, json: str | None = None, only: list[str] | None = None) ->
         json: Write the rows to this file as JSON; - is standard output.
         only: Runs to show, arm=NAME[,NAME] or seed=NUMBER; may be repeated; a run must then match every name.
     """
-    _show(sweep.list_states(sweep.plan(file, _builders, only or ())), json)
+    _show(sweep.list_states(sweep.plan(file, _builders), only or ()), json)
 
 
 def report(

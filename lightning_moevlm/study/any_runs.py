@@ -1,5 +1,6 @@
 """Compares any runs in MLflow: choose them, name their arms, refuse unfair comparisons, print and write the report."""
 
+import dataclasses
 import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from lightning_moevlm.study.compare import collect_results, logged_runs
 from lightning_moevlm.study.compare.fairness import refuse_biased
 from lightning_moevlm.study.compare.logged_runs import Rules
 from lightning_moevlm.study.compare.results import RunResult, StudyResult
+from lightning_moevlm.study.declare.comparison import Comparison
 from lightning_moevlm.study.report.make_report import ArmStory, Origin, make_report, print_answer
 from lightning_moevlm.study.report.result_records import make_records
 from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
@@ -95,6 +97,17 @@ def print_comparison(terminal: Console, result: StudyResult, full: bool) -> None
     print_answer(terminal, result, full, before=(runs_table(result),))
 
 
+def _rule(comparison: Comparison) -> dict[str, object]:
+    """Return the keys and values of the rule by which a run did not learn."""
+    if comparison.did_not_learn is None:
+        return {}
+    keys = dataclasses.asdict(comparison.did_not_learn)
+    del keys["direction"]  # follows from the metric
+    if keys["share_of_healthy"] is None:
+        del keys["healthy"]
+    return {key: value for key, value in keys.items() if value is not None}
+
+
 def _describe_models(results: Sequence[RunResult], describe: Callable[[], Describe]) -> dict[str, "ModelCard | None"]:
     """Return the model card of each arm, from the configuration that its first run has logged."""
     cards: dict[str, ModelCard | None] = {}
@@ -120,6 +133,7 @@ def _describe_origin(result: StudyResult, runs: Sequence[str], by: Sequence[str]
     words += [word for one in comparison.guard for word in ("--guard", f"{one.metric}={one.at_most:g}")]
     words += [word for key in comparison.also for word in ("--also", key)]
     words += ["--correction", comparison.decide.correction]
+    words += [word for key, value in _rule(comparison).items() for word in ("--did_not_learn", f"{key}={value}")]
     words += ["--unfair=true"] if unfair else []
     return Origin(
         kind="Comparison",

@@ -108,7 +108,8 @@ def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console
         page = write_matrix(matrix, folder)
     if any(row.damage is not None for row in matrix.rows):
         log_matrix(open_experiment(find_tracking_uri(cures.plans[0]), folder.name), matrix, folder)
-    told = (*describe_rows(matrix), describe_fresh(matrix), describe_missing(matrix), matrix.part)
+    head = "\nFinding: which cure undoes which illness? In brackets the share of the damage that it undoes."
+    told = (head, *describe_rows(matrix), describe_fresh(matrix), describe_missing(matrix), matrix.part)
     for line in (*told, f"Matrix with all numbers: {page.absolute()}"):
         if line:
             terminal.print(line, highlight=False, soft_wrap=True, markup=False)

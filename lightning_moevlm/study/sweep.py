@@ -148,14 +148,18 @@ def run(
     return 1 if failed else 0
 
 
-def list_states(planned: Plan) -> Listing:
-    """Return the state of every run, after uploading what runs kept on disk."""
+def list_states(planned: Plan, only: Sequence[str] = ()) -> Listing:
+    """Return the state of every selected run, after uploading what runs kept on disk. only: as for `plan`."""
+    from lightning_moevlm.study.compare.run_states import judge_states
     from lightning_moevlm.study.report.plan_records import status_records
     from lightning_moevlm.study.report.tables.plan_tables import status_table
 
     _upload_offline_logs(planned)
-    ledger = read_ledger(planned)
-    return (status_table(planned, ledger, _look_for_other_code(planned)),), status_records(planned, ledger)
+    selected = select(planned, only)
+    ledger, notes = judge_states(planned, read_ledger(planned), find_tracking_uri(planned))
+    shown = [(run, state) for run, state in ledger if run in selected.runs]
+    notes = (*notes, *_look_for_other_code(selected))
+    return (status_table(selected, shown, notes),), status_records(selected, shown)
 
 
 def report(planned: Plan, terminal: "Console", unfair: bool, full: bool) -> None:

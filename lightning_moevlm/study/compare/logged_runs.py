@@ -5,7 +5,7 @@ are named, runs that agree in these. The seed is the tag `seed`, else `seed_ever
 """
 
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from msgspec.structs import replace
@@ -28,6 +28,7 @@ from lightning_moevlm.study.declare.comparison import (
     Guard,
     Primary,
 )
+from lightning_moevlm.study.declare.did_not_learn import read_words
 from lightning_moevlm.study.run.ledger import RunState, Status
 from lightning_moevlm.study.run.mlflow_runs import OUTCOME
 from lightning_moevlm.study.statistics.outcomes.divergence import NONFINITE_STEP, explain_divergence
@@ -56,6 +57,8 @@ class Rules:
     guard: tuple[tuple[str, float], ...] = ()
     """Metric, and by how much it may get worse."""
     correction: Correction = "holm"
+    did_not_learn: Mapping[str, str] = field(default_factory=dict)
+    """Keys and values of the rule as a study file has them, as texts; empty: no rule."""
 
 
 def read_runs(rows: Sequence[RunRow]) -> list[NamedRun]:
@@ -130,6 +133,7 @@ def comparison_of_runs(
             f"arm {baseline!r} was stopped early by its study's rule, so it cannot be the baseline. Name another."
         )
     title, _ = name_and_unit(rules.metric)
+    declared = tuple(Arm(name, "", _read_declared(mine[0], rules.by)) for name, mine in arms.items())
     return (
         Comparison(
             name=NAME,
@@ -137,13 +141,16 @@ def comparison_of_runs(
             hypothesis="",
             source="",
             baseline=baseline,
-            arms=tuple(Arm(name, "", _read_declared(mine[0], rules.by)) for name, mine in arms.items()),
+            arms=declared,
             seeds=tuple(sorted({one.seed for one in runs})),
             spends=_spends(results),
             equal_steps=True,
             primary=primary,
             also=rules.also,
             diverged=rule,
+            did_not_learn=read_words(rules.did_not_learn, "--did_not_learn", primary, baseline, declared)
+            if rules.did_not_learn
+            else None,
             decide=Decision(within=rules.within, correction=rules.correction),
             guard=guard,
         ),

@@ -1,16 +1,19 @@
 """Reads the rule by which a run did not learn, or refuses one by which no run could be judged."""
 
+from collections.abc import Mapping
+from pathlib import Path
+
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.study.declare.budget import Budget
 from lightning_moevlm.study.declare.comparison import Arm, DidNotLearn, Direction, Primary
+from lightning_moevlm.study.declare.decode import decode
 from lightning_moevlm.study.declare.study_keys import DidNotLearnKeys
-from lightning_moevlm.study.declare.yaml_nodes import YamlNode
+from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_text
 
 _RULES = ("share_of_healthy", "no_better_than", "stalled_steps")
 
 
 def read_did_not_learn(
-    keys: DidNotLearnKeys, node: YamlNode, primary: Primary, baseline: str, arms: tuple[Arm, ...], budget: Budget
+    keys: DidNotLearnKeys, node: YamlNode, primary: Primary, baseline: str, arms: tuple[Arm, ...], last: int | None
 ) -> DidNotLearn:
     """Return the rule.
 
@@ -20,7 +23,7 @@ def read_did_not_learn(
         primary: The metric that is judged unless the keys name another.
         baseline: The healthy arm unless the keys name another.
         arms: All arms.
-        budget: Of each run.
+        last: Number of optimiser steps of a run, if it is fixed.
 
     Raises:
         UserError: The keys hold no rule, or one that cannot judge a run.
@@ -33,7 +36,6 @@ def read_did_not_learn(
     metric = keys.metric or primary.metric
     if keys.no_better_than is not None:
         _refuse_other_unit(metric, keys.no_better_than, node.child("no_better_than"))
-    last = budget.max_steps
     if keys.stalled_steps is not None and last is not None and keys.stalled_steps >= last:
         raise node.child("stalled_steps").error(
             f"a run of {last} steps has no value before its last {keys.stalled_steps} steps; give fewer"
@@ -46,6 +48,19 @@ def read_did_not_learn(
         keys.no_better_than,
         keys.stalled_steps,
     )
+
+
+def read_words(
+    words: Mapping[str, str], option: str, primary: Primary, baseline: str, arms: tuple[Arm, ...]
+) -> DidNotLearn:
+    """Return the rule from its keys and values as texts. option: that gave them, for errors; the rest as above.
+
+    Raises:
+        UserError: As above, or an unknown key.
+    """
+    node = compose_text("".join(f"{key}: {value}\n" for key, value in words.items()), Path(option))
+    assert node is not None, "one word at least"
+    return read_did_not_learn(decode(node, DidNotLearnKeys), node, primary, baseline, arms, None)
 
 
 def _direction(metric: str, node: YamlNode) -> Direction:

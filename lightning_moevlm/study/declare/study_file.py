@@ -98,7 +98,9 @@ def read_study(file: Path) -> Study:
         futility_stop=keys.futility_stop and _check_futility(root.child("futility_stop"), keys, design),
         did_not_learn=None
         if keys.did_not_learn is None
-        else read_did_not_learn(keys.did_not_learn, root.child("did_not_learn"), primary, baseline, arms, keys.budget),
+        else read_did_not_learn(
+            keys.did_not_learn, root.child("did_not_learn"), primary, baseline, arms, keys.budget.max_steps
+        ),
         claims=read_claims(keys.claims, tuple(arm.name for arm in arms), baseline, primary.metric),
     )
     return Study(

@@ -158,6 +158,18 @@ def compose_yaml(file: Path) -> YamlNode:
         text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read ({error}); give the path of a YAML file") from error
+    node = compose_text(text, file)
+    if node is None:
+        raise UserError(f"{file}: the file is empty; `moevlm sweep new FILE` writes one to start from")
+    return node
+
+
+def compose_text(text: str, file: Path) -> YamlNode | None:
+    """Return the root of a YAML text; None for an empty one. file: its place, for errors.
+
+    Raises:
+        UserError: The text is not valid YAML (with the line).
+    """
     try:
         node = yaml.compose(text, Loader=_StudyLoader)
     except yaml.MarkedYAMLError as error:
@@ -168,9 +180,7 @@ def compose_yaml(file: Path) -> YamlNode:
         raise UserError(f"{file}:{line}: not valid YAML: {problem}{advice}") from error
     except yaml.YAMLError as error:
         raise UserError(f"{file}: not valid YAML: {_one_line(error)}") from error
-    if node is None:
-        raise UserError(f"{file}: the file is empty; `moevlm sweep new FILE` writes one to start from")
-    return YamlNode(file, "", node, node.start_mark.line + 1)
+    return None if node is None else YamlNode(file, "", node, node.start_mark.line + 1)
 
 
 def _one_line(error: Exception) -> str:

@@ -3,13 +3,14 @@
 Families: the damages of all illnesses; of each illness the cells of single cures; of each illness the cells of several
 cures together; the side effects on each healthy model; of each illness the cells repeated on fresh seeds. Each illness
 is a question of its own. With three seeds a family of a hundred cells would ask of each an effect of 28 of its standard
-deviations; a family of nine asks for 9.
+deviations; a family of nine asks for 9. So an error of 5 % is that of one row. For the matrix as a whole all cells are
+judged once more as one family, and each says whether its verdict stands there too.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
-from lightning_moevlm.study.matrix.records import Matrix, Row, SideEffect
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Row, SideEffect
 from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, judge_cell, judge_cures
 from lightning_moevlm.study.statistics.cures.damage import judge_damages
 from lightning_moevlm.study.statistics.effects import judge_family
@@ -18,7 +19,8 @@ from lightning_moevlm.study.statistics.verdict import Rule
 FAMILIES = (
     "Holm corrects the p values within each family: the damages of all illnesses; the single cures of one illness; "
     "the combinations of one illness; the side effects on one healthy model; the cells of one illness that were "
-    "repeated on fresh seeds. Cells whose runs are missing count with p = 1."
+    "repeated on fresh seeds. Cells whose runs are missing count with p = 1. The chance of a false claim is that of a "
+    "family, and greater for all rows together. Verdicts that stand over the whole matrix have it for all of them."
 )
 
 
@@ -34,7 +36,8 @@ def make_matrix(name: str, folder: str, rows: Sequence[Row], fresh: Mapping[str,
     """
     rows = _judge_damages(rows)
     repeated = dict(zip(fresh, _judge_damages(list(fresh.values())), strict=True))
-    judged = [_attach_fresh(_judge_cells(row), repeated.get(row.illness)) for row in rows]
+    whole = _judge_whole(rows)
+    judged = [_attach_fresh(_judge_cells(row, whole), repeated.get(row.illness)) for row in rows]
     return Matrix(name, folder, tuple(judged), _judge_side_effects(rows), part)
 
 
@@ -49,14 +52,32 @@ def _judge_damages(rows: Sequence[Row]) -> list[Row]:
     return [replace(row, damage=judged.get(i)) for i, row in enumerate(rows)]
 
 
-def _judge_cells(row: Row) -> Row:
+def _judge_whole(rows: Sequence[Row]) -> dict[tuple[str, str], CureEffect]:
+    """Judge all cells as one family, by illness and arm; chance is that of each row's own runs."""
+    cells: dict[tuple[str, str], CureEffect] = {}
+    jumps: dict[tuple[str, str], float] = {}
+    for row in rows:
+        effects = {(row.illness, cell.arm): cell.effect or _nothing(row.rule) for cell in row.cells}
+        cells |= effects
+        jumps |= dict.fromkeys(effects, max((effect.jump for effect in effects.values()), default=0.0))
+    unproved = {(row.illness, cell.arm) for row in rows for cell in row.cells if not row.proved}
+    strictest = min((row.rule for row in rows), key=lambda rule: rule.alpha)
+    return judge_cures(cells, strictest, unproved, jumps)
+
+
+def _judge_cells(row: Row, whole: Mapping[tuple[str, str], CureEffect]) -> Row:
     judged: dict[str, CureEffect] = {}
     for kinds in (("alone",), ("all", "all_but", "together")):
         family = {cell.arm: cell.effect or _nothing(row.rule) for cell in row.cells if cell.kind in kinds}
         judged |= judge_cures(family, row.rule, () if row.proved else family.keys())
-    return replace(
-        row, cells=tuple(replace(cell, effect=judged[cell.arm]) if cell.effect else cell for cell in row.cells)
-    )
+    return replace(row, cells=tuple(_take_verdict(cell, judged, whole[row.illness, cell.arm]) for cell in row.cells))
+
+
+def _take_verdict(cell: Cell, judged: Mapping[str, CureEffect], whole: CureEffect) -> Cell:
+    if cell.effect is None:
+        return cell
+    effect = judged[cell.arm]
+    return replace(cell, effect=effect, stands=effect.verdict is whole.verdict)
 
 
 def _nothing(rule: Rule) -> CureEffect:

@@ -45,6 +45,8 @@ class Cell:
     """Of the runs that it has."""
     missing: tuple[str, ...] = ()
     """Its runs without a result."""
+    stands: bool = False
+    """Whether the verdict is the same if all cells of the matrix are one family."""
     fresh: CureEffect | None = None
     """The same on fresh seeds; None if it was not repeated."""
 
@@ -117,6 +119,11 @@ class Row:
         """Whether the illness has shown itself."""
         return self.damage is not None and self.damage.proved
 
+    @property
+    def everything(self) -> Cell | None:
+        """The cell of all cures together; None if the study does not try that."""
+        return next((cell for cell in self.cells if cell.kind == "all"), None)
+
     def is_claimed(self, cure: str) -> bool:
         """Whether a source names the cure against this illness."""
         return any(claim.cure == cure for claim in self.claims or ())
@@ -149,6 +156,11 @@ class Matrix:
                 for cure in cell.cures if cell.kind == "alone" else ():
                     counts[cure] = counts.get(cure, 0) + 1
         object.__setattr__(self, "cures", tuple(sorted(counts, key=lambda cure: -counts[cure])))
+
+    @property
+    def all_column(self) -> tuple[str, ...]:
+        """The name of the column of all cures together, if a study tries that."""
+        return ("all",) if any(row.everything for row in self.rows) else ()
 
     @property
     def repeated(self) -> tuple[tuple[str, Cell], ...]:

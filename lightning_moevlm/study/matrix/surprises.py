@@ -1,13 +1,14 @@
 """Finds what the literature does not let one expect, by rule, or says that nothing of the kind is shown.
 
-Only verdicts count: what is unclear surprises nobody. A cure that harms or works alone is judged by its own cell; cures
-that work together only are a combination that works, while no part of it is shown to work alone.
+Only verdicts count, of a share that is notable: what is unclear surprises nobody, nor does a cure of 2 %. A cure that
+harms or works alone is judged by its own cell; cures that work together only are a combination that works, while no
+part of it is shown to work alone.
 """
 
 from typing import Literal, NamedTuple
 
 from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
-from lightning_moevlm.study.matrix.texts import describe_share, describe_side_effect
+from lightning_moevlm.study.matrix.texts import NOTABLE, describe_share, describe_side_effect
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
 from lightning_moevlm.study.statistics.verdict import Verdict
 
@@ -15,9 +16,9 @@ Kind = Literal["harms", "together only", "unclaimed", "claim not seen", "side ef
 
 _WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
 _NOT_FOUND: dict[Kind, str] = {
-    "harms": "No cure is shown to harm a sick model.",
+    "harms": f"No cure is shown to harm a sick model by {NOTABLE:.0%} of the damage or more.",
     "together only": "No cures are shown to work together only.",
-    "unclaimed": "No cure is shown to work against an illness that it is not claimed to treat.",
+    "unclaimed": "No cure is shown to work notably against an illness that it is not claimed to treat.",
     "claim not seen": "No claimed cure is shown to do nothing, or to harm.",
     "side effect": "No cure is shown to change a healthy model.",
 }
@@ -61,14 +62,14 @@ _SIDE_EFFECTS = {Verdict.HURTS: "harms", Verdict.HELPS: "improves"}
 def _of_cell(row: Row, cell: Cell) -> list[Surprise]:
     if cell.effect is None:
         return []
-    verdict, found = cell.effect.verdict, []
+    verdict, found, is_notable = cell.effect.verdict, [], abs(cell.effect.share or 0.0) >= NOTABLE
 
     def add(kind: Kind, told: str) -> None:
         again = {True: " Fresh seeds agree.", False: " Fresh seeds differ.", None: ""}[cell.agrees]
         found.append(Surprise(kind, row.illness, cell.label, f"{row.illness}: {told}.{again}"))
 
     share = describe_share(cell.effect)
-    if verdict is CureVerdict.HARMS:
+    if verdict is CureVerdict.HARMS and is_notable:
         add("harms", f"{cell.label} harms, {share} of the damage undone")
     alone = row.alone()
     parts = [alone[cure].effect for cure in cell.cures if cure in alone]
@@ -77,7 +78,7 @@ def _of_cell(row: Row, cell: Cell) -> list[Surprise]:
         add("together only", f"{cell.label} {verdict} ({share}), and no part of it is shown to do so alone")
     if cell.kind == "alone" and row.claims is not None:
         is_claimed = row.is_claimed(cell.cures[0])
-        if verdict in _WORKS and not is_claimed:
+        if verdict in _WORKS and is_notable and not is_claimed:
             add("unclaimed", f"{cell.label} {verdict} ({share}), though no source names it against this illness")
         if is_claimed and verdict in (CureVerdict.NONE, CureVerdict.HARMS):
             add("claim not seen", f"{cell.label} is claimed to treat it, and is shown not to ({share}, {verdict})")

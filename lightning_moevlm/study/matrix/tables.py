@@ -4,6 +4,7 @@ from lightning_moevlm.contracts.metric_keys import name_and_unit
 from lightning_moevlm.study.matrix.judge_matrix import FAMILIES
 from lightning_moevlm.study.matrix.records import Cell, Matrix, Row
 from lightning_moevlm.study.matrix.texts import (
+    NOTABLE,
     UNPROVED,
     describe_cell,
     describe_cost,
@@ -16,7 +17,7 @@ from lightning_moevlm.study.matrix.texts import (
 )
 from lightning_moevlm.study.report.tables.stability_tables import format_recovery
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_signed
-from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureVerdict
+from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureEffect, CureVerdict
 from lightning_moevlm.study.statistics.paired_tests import format_p
 
 CLAIMED = "†"
@@ -29,7 +30,7 @@ _SEEN: dict[CureVerdict, str] = {
     CureVerdict.NONE: "not seen",
     CureVerdict.HARMS: "not seen",
 }
-_MOST_ADVICE = 4  # cures named for one illness
+_MOST_ADVICE = 3  # cures named for one illness
 
 
 def all_tables(matrix: Matrix) -> tuple[Table, ...]:
@@ -54,11 +55,13 @@ def advice_table(matrix: Matrix) -> Table:
     for row in matrix.rows:
         if not row.proved:
             continue
-        works = [cell for cell in row.cells if cell.effect and cell.effect.verdict in _WORKS and cell.kind != "all_but"]
-        ranked = sorted(works, key=_surest_first)
+        works = [cell for cell in row.cells if _is_worth(cell) and cell.kind != "all_but"]
+        may = [] if works else [cell for cell in row.cells if _may_work(cell) and cell.kind != "all_but"]
+        ranked, before = sorted(works or may, key=_surest_first), "perhaps " if may else ""
         signs = ", ".join(sign.metric for sign in row.signs) or NOTHING
         for cell in ranked[:_MOST_ADVICE]:
-            rows.append((signs, row.illness, cell.label, *_cost(matrix, row, cell), _how_sure(row, cell)))
+            names = before + " + ".join(cell.cures)
+            rows.append((signs, row.illness, names, *_cost(matrix, row, cell), _how_sure(row, cell)))
         if not ranked:
             is_tried = any(cell.effect for cell in row.cells)
             answer = "nothing tried is shown to help" if is_tried else "no cure has been tried yet"
@@ -68,7 +71,10 @@ def advice_table(matrix: Matrix) -> Table:
         ("sign", "probable illness", "switch on", "side effect", "time", "memory", "damage undone, how sure"),
         tuple(rows),
         (
-            "The sign is a metric of the run. Each illness has at most four cures here, the surest first.",
+            f"The sign is a metric of the run. Each illness has at most {_MOST_ADVICE} cures here that undo "
+            f"{NOTABLE:.0%} or more, the surest first. The study of the illness, {matrix.folder}/ILLNESS.yaml, has the "
+            "keys that a cure sets.",
+            "perhaps: no cure of this illness is shown to work, and the interval of this one alone excludes 0.",
             "Side effect: on the healthy model, in the metric's unit. Time of a step and peak memory: relative to it.",
             "No time is shown where the runs of one arm differ by more than a quarter: other work ran beside them.",
         ),
@@ -113,12 +119,11 @@ def share_table(matrix: Matrix) -> Table:
     rows = []
     for row in matrix.rows:
         alone = row.alone()
-        everything = next((cell for cell in row.cells if cell.kind == "all"), None)
-        cells = [*(alone.get(cure) for cure in matrix.cures), everything]
+        cells = [*(alone.get(cure) for cure in matrix.cures), *(row.everything for _ in matrix.all_column)]
         rows.append((row.illness, *(NOTHING if cell is None else _mark_claim(row, cell) for cell in cells)))
     return Table(
         "Share of the damage undone by each cure",
-        ("illness", *matrix.cures, "all"),
+        ("illness", *matrix.cures, *matrix.all_column),
         tuple(rows),
         (
             "(sick - cured) / (sick - healthy), paired by seed. 100 %: as good as healthy. 0 %: as sick as without. In "
@@ -226,7 +231,8 @@ def side_effect_table(matrix: Matrix) -> Table:
         (
             "Effect: with the cure minus without, in the primary metric's unit, paired by seed. A cure that the "
             "healthy model has already is not measured.",
-            "Time and memory: medians of runs, relative to the healthy model. Runs may have shared the machine.",
+            "Time and memory: medians of runs, relative to the healthy model. No time is shown where other work ran "
+            "beside some runs.",
         ),
         essential=6,
     )
@@ -267,6 +273,23 @@ def missing_table(matrix: Matrix) -> Table:
     return Table("Missing runs", ("study", "runs", "arms (seeds)"), tuple(rows), essential=2)
 
 
+def _is_worth(cell: Cell) -> bool:
+    """Whether a cell is shown to undo a share that is worth a switch."""
+    effect = cell.effect
+    return effect is not None and effect.verdict in _WORKS and effect.share is not None and effect.share >= NOTABLE
+
+
+def _may_work(cell: Cell) -> bool:
+    """Whether a cell seems to undo such a share, and only the correction for the others stands against it."""
+    effect = cell.effect
+    is_unclear = effect is not None and effect.verdict is CureVerdict.UNCLEAR
+    return is_unclear and effect is not None and (effect.share or 0.0) >= NOTABLE and _excludes_0(effect)
+
+
+def _excludes_0(effect: CureEffect) -> bool:
+    return effect.interval is not None and effect.interval.low > 0
+
+
 def _mark_claim(row: Row, cell: Cell) -> str:
     is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
     return f"{describe_cell(cell)} {CLAIMED}" if is_claimed else describe_cell(cell)
@@ -278,9 +301,10 @@ def _notes(row: Row) -> tuple[str, ...]:
     return (row.damage.note,) if row.damage.note else ()
 
 
-def _surest_first(cell: Cell) -> tuple[bool, float]:
+def _surest_first(cell: Cell) -> tuple[bool, int, float]:
+    """Return what sorts cures before helps, fewer switches before more, and larger shares before smaller ones."""
     assert cell.effect is not None and cell.effect.share is not None, "it has a verdict"
-    return cell.effect.verdict is not CureVerdict.CURES, -cell.effect.share
+    return cell.effect.verdict is not CureVerdict.CURES, len(cell.cures), -cell.effect.share
 
 
 def _cost(matrix: Matrix, row: Row, cell: Cell) -> tuple[str, str, str]:

@@ -6,6 +6,8 @@ from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, Cure
 from lightning_moevlm.study.statistics.intervals import Interval
 
 UNPROVED = "not proved"
+NOTABLE = 0.1
+"""Least share, either way, that is advised or surprises. Three seeds can show one of 2 %, which nobody needs."""
 
 
 def format_share(share: float) -> str:
@@ -79,6 +81,16 @@ def describe_fresh(matrix: Matrix) -> str:
     return f"{agree} of the {len(cells)} strongest cells got the same verdict on fresh seeds."
 
 
+def describe_whole(matrix: Matrix) -> str:
+    """Return how many verdicts stand over the whole matrix; empty if there is none."""
+    cells = [cell for row in matrix.rows for cell in row.cells]
+    decided = [cell for cell in cells if cell.effect is not None and cell.effect.verdict is not CureVerdict.UNCLEAR]
+    if not decided:
+        return ""
+    stand = sum(cell.stands for cell in decided)
+    return f"{stand} of {len(decided)} verdicts also stand if all {len(cells)} cells of the matrix are one family."
+
+
 def describe_missing(matrix: Matrix) -> str:
     """Return a sentence on runs without a result; empty if all have one."""
     count = sum(map(len, matrix.missing.values()))
@@ -122,4 +134,4 @@ def _bound(share: float) -> str:
     percent = 100 * share
     if abs(percent) < 0.5:
         return "0"
-    return f"{percent:.0f}" if abs(percent) < 1000 else f"{'-' if percent < 0 else ''}>999"
+    return f"{percent:.0f}" if abs(percent) < 1000 else "<-999" if percent < 0 else ">999"

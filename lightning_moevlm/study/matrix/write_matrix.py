@@ -1,4 +1,4 @@
-"""Writes the matrix from its one record: HTML, Markdown, PNG and JSON; logs them to MLflow on one run."""
+"""Writes the matrix from its one record: HTML, Markdown, PNG, JSON and the table of advice; logs them to MLflow."""
 
 import json
 import shutil
@@ -6,11 +6,11 @@ import time
 from importlib.metadata import version
 from pathlib import Path
 
-from lightning_moevlm.study.matrix.figure import draw_matrix
+from lightning_moevlm.study.matrix.figure import draw_dark, draw_matrix
 from lightning_moevlm.study.matrix.records import Matrix
 from lightning_moevlm.study.matrix.surprises import describe_surprises, find_surprises
-from lightning_moevlm.study.matrix.tables import all_tables, share_table
-from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows
+from lightning_moevlm.study.matrix.tables import advice_table, all_tables, share_table
+from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows, describe_whole
 from lightning_moevlm.study.report.make_report import PACKAGES
 from lightning_moevlm.study.report.mlflow_summary import log_to_summary
 from lightning_moevlm.study.report.render import render
@@ -18,6 +18,8 @@ from lightning_moevlm.study.report.result_records import to_json
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 
 HTML_FILE, MARKDOWN_FILE, JSON_FILE = "matrix.html", "matrix.md", "matrix.json"
+ADVICE_FILE = "advice.md"
+"""The table for a person with a sick run alone, to be put into a guide."""
 
 
 def write_matrix(matrix: Matrix, folder: Path) -> Path:
@@ -29,7 +31,7 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
     values = {
         "matrix": matrix,
         "figure": figure,
-        "finding": tuple(filter(None, (*describe_rows(matrix), describe_fresh(matrix)))),
+        "finding": tuple(filter(None, (*describe_rows(matrix), describe_whole(matrix), describe_fresh(matrix)))),
         "surprises": describe_surprises(matrix),
         "missing": describe_missing(matrix),
         "written": time.strftime("%Y-%m-%d %H:%M"),
@@ -37,9 +39,11 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
     }
     drawn = share_table(matrix).title  # the page folds it below the figure
     (beside / f"{figure.name}.png").write_bytes(figure.png)
+    (beside / f"{figure.name}_dark.png").write_bytes(draw_dark(matrix))
     page = render("matrix.html.j2", tables=[table for table in tables if table.title != drawn], **values)
     (beside / HTML_FILE).write_text(page, encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(render("matrix.md.j2", tables=tables, **values), encoding="utf-8")
+    (beside / ADVICE_FILE).write_text(render("advice.md.j2", advice=advice_table(matrix)), encoding="utf-8")
     record = to_json(matrix) | {"surprises": to_json(find_surprises(matrix))}
     (beside / JSON_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

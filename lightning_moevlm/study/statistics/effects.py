@@ -45,7 +45,7 @@ from lightning_moevlm.study.statistics.paired_tests import (
     paired_p,
     two_sided_p,
 )
-from lightning_moevlm.study.statistics.power import seeds_needed
+from lightning_moevlm.study.statistics.power import seeds_against_chance, seeds_needed
 from lightning_moevlm.study.statistics.verdict import Evidence, GuardResult, Rule, Sides, Verdict, apply_guards, decide
 
 _LEAST_PAIRS = 2  # of one no test has a p
@@ -108,7 +108,8 @@ class Effect:
     share_better: float | None
     """Fraction of compared seeds in which the arm is better."""
     seeds_needed: int | None
-    """For 80 % power of one t-test at this effect and spread; None: fewer than 3 seeds, or more than 1,000."""
+    """For 80 % power of one t-test at this effect and spread; None: fewer than 3 seeds, or more than 1,000. Where
+    chance limits p in a family: at least so many that it does not at these shares of failures, in the whole family."""
     more_lost: int
     """Lost runs of the arm, minus those of the baseline."""
     losses: tuple[str, ...]
@@ -230,7 +231,7 @@ def judge_family(
         return dict(effects)
     if jumps is None:
         jumps = dict.fromkeys(effects, max((effect.jump for effect in effects.values()), default=0.0))
-    effects = {name: _limit_p(effect, rule, jumps[name]) for name, effect in effects.items()}
+    effects = {name: _limit_p(effect, rule, jumps[name], len(effects)) for name, effect in effects.items()}
     absent = {name: 1.0 for name, effect in effects.items() if len(effect.differences) < _LEAST_PAIRS}
     plain = holm({name: effect.p_value for name, effect in effects.items()} | absent)
     outside = holm({name: effect.p_outside for name, effect in effects.items()} | absent)
@@ -242,8 +243,11 @@ def judge_family(
     }
 
 
-def _limit_p(effect: Effect, rule: Rule, jump: float) -> Effect:
-    """Return an effect whose p is at least that of its counts of failures, if a jump could have made the effect."""
+def _limit_p(effect: Effect, rule: Rule, jump: float, family: int) -> Effect:
+    """Return an effect whose p is at least that of its counts of failures, if a jump could have made the effect.
+
+    Holm asks of one comparison in `family` at most alpha / family; that counts for the seeds needed.
+    """
     mine, theirs = effect.failures
     if effect.p_value is None or effect.mean is None or mine == theirs or not is_within_jump(effect.mean, jump):
         return effect
@@ -251,7 +255,14 @@ def _limit_p(effect: Effect, rule: Rule, jump: float) -> Effect:
     if limit <= effect.p_value:
         return effect
     text = f"p of {mine} against {theirs} failures by chance: {format_p(limit, rule.alpha)}"
-    return dataclasses.replace(effect, p_value=limit, p_adjusted=limit, losses=(*effect.losses, text))
+    least = seeds_against_chance(mine, theirs, len(effect.seeds), rule.alpha / family)
+    return dataclasses.replace(
+        effect,
+        p_value=limit,
+        p_adjusted=limit,
+        losses=(*effect.losses, text),
+        seeds_needed=None if least is None else max(least, effect.seeds_needed or 0),
+    )
 
 
 def check_guard(

@@ -1,4 +1,4 @@
-"""Computes the power of the two-sided paired t-test, and the number of seeds that an effect needs."""
+"""Computes the power of the two-sided paired t-test, and the number of seeds that an effect or failures need."""
 
 import math
 
@@ -6,6 +6,7 @@ import numpy as np
 from scipy import integrate, special, stats
 
 from lightning_moevlm.study.statistics.intervals import is_constant
+from lightning_moevlm.study.statistics.paired_tests import chance_p
 
 _SPREAD_LEAST = 3  # a spread of two numbers is off by a factor of 2 every third time
 _MOST_SEEDS = 1_000
@@ -31,6 +32,17 @@ def seeds_needed(differences: tuple[float, ...], alpha: float) -> int | None:
         middle = (low + high) // 2
         low, high = (low, middle) if power(size, middle, alpha) >= _POWER else (middle + 1, high)
     return low
+
+
+def seeds_against_chance(mine: int, theirs: int, n: int, alpha: float) -> int | None:
+    """Return the least number of seeds, n or more, at which chance does not explain these shares of failed runs.
+
+    The shares mine / n and theirs / n are kept. `chance_p` is then at most alpha. None if more than 1,000 are needed.
+    """
+    for seeds in range(n, _MOST_SEEDS + 1):
+        if chance_p(round(mine * seeds / n), round(theirs * seeds / n), seeds) <= alpha:
+            return seeds
+    return None
 
 
 def power(size: float, n: int, alpha: float) -> float:

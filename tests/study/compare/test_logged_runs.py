@@ -81,6 +81,30 @@ def two_by_two(**changed: object) -> list[RunRow]:
 ENDS = [series_of(5.0), series_of(4.0), series_of(6.0), series_of(5.5)]
 
 
+def test_a_rule_finds_runs_that_did_not_learn() -> None:
+    """From 7, plain ends at 5 and 6; the other arm goes all of this way, and then a tenth of it."""
+    ends = [series_of(5.0), series_of(5.0), series_of(6.0), series_of(6.9)]
+    rules = Rules(METRIC, did_not_learn={"share_of_healthy": "0.5"})
+    result = compared(two_by_two(**{"model.depth": 9}), ends, rules)
+    assert result.comparison.did_not_learn is not None
+    assert result.comparison.did_not_learn.healthy == result.comparison.baseline
+    assert [(arm.finished, arm.not_learned) for arm in result.arms] == [(2, 0), (1, 1)]
+    assert compared(two_by_two(**{"model.depth": 9}), ends).arms[1].not_learned == 0  # without a rule none is judged
+
+
+@pytest.mark.parametrize(
+    ("rule", "words"),
+    [
+        ({"share_of_helthy": "0.5"}, "--did_not_learn:1: share_of_helthy: unknown key.* did you mean 'share_of_health"),
+        ({"share_of_healthy": "2"}, "--did_not_learn:1: share_of_healthy: expected a number above 0, at most 1"),
+        ({"share_of_healthy": "0.5", "healthy": "nobody"}, "--did_not_learn:2: healthy: got 'nobody'"),
+    ],
+)
+def test_a_wrong_rule_is_refused(rule: dict[str, str], words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        compared(two_by_two(**{"model.depth": 9}), ENDS, Rules(METRIC, did_not_learn=rule))
+
+
 @pytest.fixture(scope="module")
 def filled(migrated_database: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Plan, str]:
     """A study of 3 arms x 3 seeds, ended, in MLflow with its params."""

@@ -17,6 +17,8 @@ from lightning_moevlm.tracking.read.runs import find_runs
 from tests.study.matrix.cure_runs import fill_store, loss_by_share, write_cures
 from tests.study.tiny_study import describe, resolve
 
+OUTPUT = ("advice.md", "matrix.html", "matrix.json", "matrix.md", "matrix.png", "matrix_dark.png")
+
 
 def builders() -> Builders:
     return Builders(resolve, describe, lambda data: pytest.fail("data is not opened"))  # type: ignore[arg-type, return-value]
@@ -54,7 +56,7 @@ def test_a_folder_is_run_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatc
     assert (tmp_path / "runs/sweeps/cures_matrix/matrix.html").exists()
     [summary] = find_runs(uri, "cures_matrix")
     assert {one.path for one in MlflowClient(uri).list_artifacts(summary.run_id, "report")} == {
-        f"report/matrix.{ending}" for ending in ("html", "json", "md", "png")
+        f"report/{name}" for name in OUTPUT
     }
 
 

@@ -23,7 +23,7 @@ from lightning_moevlm.study.matrix.tables import (
     share_table,
     stability_table,
 )
-from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows
+from lightning_moevlm.study.matrix.texts import describe_missing, describe_rows, describe_whole
 from lightning_moevlm.study.matrix.write_matrix import write_matrix
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
@@ -75,6 +75,24 @@ def test_each_family_is_corrected_by_itself(row) -> None:
     judged = {cell.arm: cell.effect for cell in matrix_of(row(final)).rows[0].cells if cell.effect}
     ranked = sorted(alone, key=lambda arm: alone[arm].p_value or 1.0)
     assert judged[ranked[0]].p_adjusted == pytest.approx(3 * alone[ranked[0]].p_value)  # of three, and not of seven
+
+
+def test_the_whole_matrix_asks_for_more_than_a_row(row) -> None:
+    """Ten cells instead of five: a cell with p of about 0.008 holds in its row, and not over all."""
+    final = loss_by_share(damage=0.2, warm=1.0, clip=1.0)
+    one, other = (matrix_of(row(final, name)).rows[0] for name in ("fever", "chill"))
+    assert {cell.stands for cell in one.cells if cell.effect and cell.effect.verdict is CureVerdict.UNCLEAR} <= {True}
+    both = matrix_of(row(final, "fever"), row(final, "chill"))
+    before = {(cell.arm, str(cell.effect.verdict)) for cell in one.cells if cell.effect}
+    assert {(cell.arm, str(cell.effect.verdict)) for cell in both.rows[0].cells if cell.effect} == before  # own family
+    lost = [cell.arm for cell in both.rows[0].cells if not cell.stands]
+    assert lost and other.illness == "chill"
+    assert f"of {len(before) * 2 - _unclear(both)} verdicts also stand" in describe_whole(both)
+
+
+def _unclear(matrix: Matrix) -> int:
+    cells = [cell for one in matrix.rows for cell in one.cells]
+    return sum(cell.effect is None or cell.effect.verdict is CureVerdict.UNCLEAR for cell in cells)
 
 
 def test_missing_runs_are_named_and_their_cell_is_empty(row) -> None:
@@ -210,9 +228,9 @@ def test_surprises(row) -> None:
 def test_a_matrix_without_surprises_says_so(row) -> None:
     told = describe_surprises(matrix_of(row(loss_by_share(warm=1.0), claims={"warm": "a paper"})))
     assert told == (
-        "No cure is shown to harm a sick model.",
+        "No cure is shown to harm a sick model by 10% of the damage or more.",
         "No cures are shown to work together only.",
-        "No cure is shown to work against an illness that it is not claimed to treat.",
+        "No cure is shown to work notably against an illness that it is not claimed to treat.",
         "No claimed cure is shown to do nothing, or to harm.",
         "No cure is shown to change a healthy model.",
     )
@@ -263,7 +281,10 @@ def test_everything_is_written_from_one_record(row, tmp_path: Path) -> None:
     )
     folder = tmp_path / "out"
     page = write_matrix(judged, folder).read_text()
-    assert {file.name for file in folder.iterdir()} == {"matrix.html", "matrix.md", "matrix.json", "matrix.png"}
+    names = {"advice.md", "matrix.html", "matrix.md", "matrix.json", "matrix.png", "matrix_dark.png"}
+    assert {file.name for file in folder.iterdir()} == names
+    assert "| switch on |" in (folder / "advice.md").read_text()
+    assert (folder / "matrix_dark.png").read_bytes() != (folder / "matrix.png").read_bytes()
     assert "<script" not in page and "http" not in page.replace("http-equiv", "").replace("http://www.w3.org", "")
     markdown = (folder / "matrix.md").read_text()
     for sentence in (*describe_rows(judged), *describe_surprises(judged)):

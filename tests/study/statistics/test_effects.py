@@ -9,7 +9,7 @@ from lightning_moevlm.study.statistics.effects import Lost, compare_paired, judg
 from lightning_moevlm.study.statistics.intervals import Interval, bootstrap_interval, interval_of, t_interval
 from lightning_moevlm.study.statistics.outcomes.survival import find_jump
 from lightning_moevlm.study.statistics.paired_tests import chance_p, format_p, holm, p_outside, paired_p
-from lightning_moevlm.study.statistics.power import power, seeds_needed
+from lightning_moevlm.study.statistics.power import power, seeds_against_chance, seeds_needed
 from lightning_moevlm.study.statistics.verdict import Evidence, Rule, Verdict, decide
 
 LOWER = Rule("lower", alpha=0.05)
@@ -187,6 +187,17 @@ def test_p_of_failures_by_chance():
     assert find_jump({0: 1.0, 1: 9.0}, {0, 1}) == find_jump({0: 1.0, 1: 9.0}, {7}) == 0.0
 
 
+def test_seeds_against_chance() -> None:
+    assert seeds_against_chance(3, 0, 3, 0.05) == 3  # 1/32
+    assert seeds_against_chance(3, 0, 3, 0.05 / 10) == seeds_against_chance(0, 3, 3, 0.05 / 10) == 5  # 1/512
+    assert seeds_against_chance(2, 1, 3, 0.05) == next(n for n in range(3, 99) if _chance(2 / 3, 1 / 3, n) <= 0.05)
+    assert seeds_against_chance(1, 1, 3, 0.05) is None  # alike: no number of seeds tells them apart
+
+
+def _chance(mine: float, theirs: float, n: int) -> float:
+    return chance_p(round(mine * n), round(theirs * n), n)
+
+
 def test_failures_that_may_be_chance_limit_the_p_of_a_family():
     rule, baseline = Rule("lower", 0.05, correction="holm"), {0: 1.0, 1: 1.1, 2: 0.9}
     worst = compare_paired({0: 9.0, 1: 9.0, 2: 9.1}, baseline, (0, 1, 2), rule, arm_failed={0, 1, 2})
@@ -198,6 +209,7 @@ def test_failures_that_may_be_chance_limit_the_p_of_a_family():
     assert (limited.p_value, limited.p_adjusted) == (pytest.approx(2 / 64), pytest.approx(4 / 64))
     assert limited.verdict is Verdict.INCONCLUSIVE
     assert limited.note.endswith("p of 3 against 0 failures by chance: 0.0312")
+    assert (worst.seeds_needed, limited.seeds_needed) == (2, 4)  # 4 of 4 against none: 2 x 2/256
     # Failed by a hair: 1.6 beside 1.5 and 1.4 is a jump of 0.15, which does not make a difference of 8.
     close = compare_paired({0: 1.5, 1: 1.6, 2: 1.4}, baseline, (0, 1, 2), rule, arm_failed={1})
     assert close.jump == pytest.approx(0.15)

@@ -114,6 +114,7 @@ def test_capped_interval_covers_if_runs_never_or_always_fail(n: int) -> None:
 
 
 @pytest.mark.slow  # whole verdicts with bootstrap intervals, 30 ms each
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("n", [3, 5])
 def test_verdicts_of_a_family_keep_their_error_with_failed_runs(n: int) -> None:
     """Five arms that do nothing, beside a baseline; all of them fail alike."""
@@ -179,7 +180,9 @@ def judge_matrix(rows: list[dict], n: int) -> tuple[dict, dict]:
     for i in range(len(rows)):
         own = {key: cell for key, cell in cells.items() if key[0] == i}
         by_row |= {key: cell.verdict for key, cell in judge_cures(own, rule, unproved & own.keys()).items()}
-    return by_row, {key: cell.verdict for key, cell in judge_cures(cells, rule, unproved).items()}
+    largest = [max(cell.jump for key, cell in cells.items() if key[0] == i) for i in range(len(rows))]
+    jumps = {key: largest[key[0]] for key in cells}
+    return by_row, {key: cell.verdict for key, cell in judge_cures(cells, rule, unproved, jumps).items()}
 
 
 def count_errors(verdicts: dict[tuple[int, int], CureVerdict]) -> dict[str, bool]:
@@ -194,11 +197,13 @@ def count_errors(verdicts: dict[tuple[int, int], CureVerdict]) -> dict[str, bool
 
 
 @pytest.mark.slow  # 120 cells of ten tests each, a hundred times over
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("n", "rate"), [(3, 0.0), (3, 0.5), (3, 1.0), (5, 0.0), (5, 0.5), (5, 1.0), (10, 0.5)])
 def test_a_whole_matrix_keeps_its_error(n: int, rate: float) -> None:
     """Ten illnesses and twelve cures, a damage of 40 deviations: false claims of each kind, and the cells decided.
 
-    Holm over each illness keeps the error of each row; Holm over the matrix keeps that of the whole.
+    Holm over each illness keeps the error of each row; Holm over the matrix keeps that of the whole. Ten rows at 5 %
+    have at least one false claim in up to 40 % of matrices.
     """
     rng, matrices = np.random.default_rng(13), 100
     wrong: Counter[tuple[str, str]] = Counter()
@@ -209,6 +214,7 @@ def test_a_whole_matrix_keeps_its_error(n: int, rate: float) -> None:
             kinds = count_errors({key: word for key, word in by_row.items() if key[0] == i})
             wrong.update({("row", kind): found for kind, found in kinds.items()})
         wrong.update({("matrix", kind): found for kind, found in count_errors(by_matrix).items()})
+        wrong.update({("all rows", kind): found for kind, found in count_errors(by_row).items()})
         for family, verdicts in (("row", by_row), ("matrix", by_matrix)):
             decided.update((family, SHARES[j]) for (_, j), word in verdicts.items() if word is not CureVerdict.UNCLEAR)
     for family, of in (("row", 10 * matrices), ("matrix", matrices)):
@@ -216,3 +222,6 @@ def test_a_whole_matrix_keeps_its_error(n: int, rate: float) -> None:
         rates = {kind: found / of for (own, kind), found in wrong.items() if own == family}
         print(f"n={n} rate={rate}, Holm over the {family}: wrong {rates}, decided {told}")
         assert max(rates.values()) <= 0.05 + 2 * error(of)
+    any_row = {kind: found / matrices for (own, kind), found in wrong.items() if own == "all rows"}
+    print(f"n={n} rate={rate}, a false claim in any row: {any_row}")
+    assert max(any_row.values()) <= 1 - 0.95**10 + 2 * math.sqrt(0.24 / matrices)

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 import matplotlib
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from lightning_moevlm.study.report.tables.table import Table
 
@@ -29,9 +31,10 @@ _LETTERS_UPRIGHT = 34  # of a label along an axis three inches high
 _LETTERS_BESIDE = 90  # of that size in a row of a figure
 _LETTERS_OF_MARK = 7  # so wide are a legend's line and the gaps around it
 # A page's colours. An SVG within a page takes its scheme from the page.
+_DARK_INK, _DARK_GROUND = "#e8eaed", "#15181c"
 _SCHEMES = (
     ":root{--ink:#1c1f23;--ground:#fff;fill:var(--ink)}"
-    "@media (prefers-color-scheme:dark){:root{--ink:#e8eaed;--ground:#15181c}}"
+    f"@media (prefers-color-scheme:dark){{:root{{--ink:{_DARK_INK};--ground:{_DARK_GROUND}}}}}"
 )
 
 
@@ -104,6 +107,16 @@ def render_figure(figure: Figure, name: str, title: str, alt: str, table: Table)
     figure.savefig(png, format="png", dpi=_DOTS_PER_INCH)
     figure.set_layout_engine("none")  # where everything is has just been found; finding it takes most of the time
     return ReportFigure(name, title, alt, _render_svg(figure), png.getvalue(), table)
+
+
+def render_dark(figure: Figure) -> bytes:
+    """Return a PNG of a drawn figure for a dark page: what is in ink becomes light. Changes the figure."""
+    for text in figure.findobj(Text):
+        if to_hex(text.get_color()) == INK:
+            text.set_color(_DARK_INK)
+    png = io.BytesIO()
+    figure.savefig(png, format="png", dpi=_DOTS_PER_INCH, facecolor=_DARK_GROUND)
+    return png.getvalue()
 
 
 def _render_svg(figure: Figure) -> bytes:

@@ -58,7 +58,7 @@ def effects_table(result: StudyResult) -> Table:
         f"effect: arm minus {study.baseline}, paired by seed. {_DECIDING[rule.test]} {_CORRECTED[rule.correction]}",
         *([_CAPPED] if any(arm.failed for arm in result.arms) else []),
         "seeds needed: for 80 % power of one t-test at this effect and spread. It is estimated from 3 seeds on, up to "
-        "1,000.",
+        "1,000. Where the note gives a p of failures by chance: so many that chance does not explain the same shares.",
     ]
     if rule.within is not None:
         notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, the study's `within`.")

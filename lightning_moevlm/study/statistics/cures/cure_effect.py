@@ -144,7 +144,12 @@ def judge_cell(
     return _judge(effect, rule)
 
 
-def judge_cures(cells: Mapping[Key, CureEffect], rule: Rule, unproved: Collection[Key] = ()) -> dict[Key, CureEffect]:
+def judge_cures(
+    cells: Mapping[Key, CureEffect],
+    rule: Rule,
+    unproved: Collection[Key] = (),
+    jumps: Mapping[Key, float] | None = None,
+) -> dict[Key, CureEffect]:
     """Judge the cells of a family together, with Holm's correction if the rule asks for it.
 
     Args:
@@ -152,12 +157,14 @@ def judge_cures(cells: Mapping[Key, CureEffect], rule: Rule, unproved: Collectio
             its absence.
         rule: Direction of the metric, alpha and correction.
         unproved: Cells of illnesses whose damage is not shown after a correction of its own; they are unclear.
+        jumps: What chance can make of the runs of each cell; None: the largest jump of any cell.
     """
     judged = {key: _withhold(cell) if key in unproved else cell for key, cell in cells.items()}
     if rule.correction == "none":
         return judged
-    jump = max((cell.jump for cell in cells.values()), default=0.0)
-    judged = {key: _limit_p(cell, jump) for key, cell in judged.items()}
+    if jumps is None:
+        jumps = dict.fromkeys(cells, max((cell.jump for cell in cells.values()), default=0.0))
+    judged = {key: _limit_p(cell, jumps[key]) for key, cell in judged.items()}
     plain, half, small = (
         holm({str(i): 1.0 if p is None else p for i, p in enumerate(values)})
         for values in (
