@@ -89,7 +89,7 @@ def list_subclasses(base: type) -> tuple[list[str], list[str]]:
     own: set[str] = set()
     foreign: set[str] = set()
     for part in below:
-        if not inspect.isabstract(part) and not part.__name__.startswith("_"):
+        if not inspect.isabstract(part) and not part.__name__.startswith("_") and "._" not in part.__module__:
             (foreign if part.__module__.split(".")[0] in _FOREIGN else own).add(part.__name__)
     return sorted(own), sorted(foreign - own)
 
@@ -120,7 +120,7 @@ def _own_subclasses(base: type) -> list[type]:
     found: list[type] = []
     child: type
     for child in type.__subclasses__(base):
-        if child.__module__.split(".")[0] not in _FOREIGN:
+        if child.__module__.split(".")[0] not in _FOREIGN and "._" not in child.__module__:
             found += [child, *_own_subclasses(child)]
     return found
 

@@ -95,7 +95,7 @@ def resolver() -> ConfigResolver:
         (
             "model.backbone.class_path",
             "VLMOE",
-            "model.backbone: there is no class VLMOE; did you mean VLMoE? choose LIM",
+            "model.backbone: there is no class VLMOE; did you mean VLMoE? choose Hug",
         ),
         (
             "model.optimizer.class_path",
@@ -185,7 +185,12 @@ def test_mistakes_in_a_file_are_explained_at_their_place(
         ("trainer.max_step", "3", "there is no key trainer.max_step; did you mean trainer.max_steps?"),
         ("model.losses.load_balnce.weight", "1", "did you mean model.losses.load_balance?"),
         ("trainer.callbacks", "[{class_path: Telemetri}]", "there is no class Telemetri; did you mean Telemetry?"),
-        ("router", "TopKRouter", f"there is no key router; did you mean model.precision.router or {ROUTER}?"),
+        (
+            "router",
+            "TopKRouter",
+            "there is no key router; did you mean model.precision.router or model.backbone.init_args.router or "
+            f"{ROUTER}?",
+        ),
         ("no_such_key", "1", "there is no key no_such_key; `moevlm fit --help` lists"),
         ("model.router_z", "null", "there is no key model.router_z; did you mean model.losses.router_z?"),
         ("model.los.router_z", "null", "did you mean model.losses?"),
@@ -251,7 +256,8 @@ def test_mistakes_in_commands_name_the_allowed_values(
 def test_an_overlay_alone_asks_for_the_configuration_below_it(resolver: ConfigResolver) -> None:
     with pytest.raises(
         UserError,
-        match=r"model.backbone: options without a class; give the class_path of LIMoE, MoEDecoder, MoMa or VLMoE",
+        match=r"model.backbone: options without a class; give the class_path of HuggingFaceModel, LIMoE, MoEDecoder, "
+        r"MoMa or VLMoE",
     ):
         resolver([PROJECT / "conf/routers/relu.yaml"], {})
 
