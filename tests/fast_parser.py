@@ -131,7 +131,9 @@ def parse_object(self: Any, obj: Any, namespace: Any = None, **options: Any) -> 
 
 
 def prepare_subcommand_parser(self: Any, klass: type, subcommand: str, references: Any = None, **options: Any) -> Any:
-    """Keep the parser of a subcommand; a process of a user has one command line."""
+    """Keep the parser of a subcommand of `moevlm`; a process of a user has one command line."""
+    if references is None:  # a plain LightningCLI, whose parser has no such option
+        return _prepare(self, klass, subcommand, **options)
     asked = (type(self), klass, subcommand, _freeze(options))
     if asked not in _parsers:
         parser = _prepare(self, klass, subcommand, references=references, **options)

@@ -25,7 +25,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_the_commands() -> None:
     build = COMMANDS["build"]
-    assert isinstance(build, dict) and set(build) == {"openmoji", "scenes"}
+    assert isinstance(build, dict) and set(build) == {"facts", "openmoji", "scenes"}
     assert set(COMMANDS) == {"answers", "build", "check", "codebook", "convert", "index", "show"}
 
 
