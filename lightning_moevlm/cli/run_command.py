@@ -7,8 +7,9 @@ from typing import Any, get_type_hints
 
 from jsonargparse import ArgumentError, auto_cli
 
-from lightning_moevlm.cli import bench, compare, export, parts, sweep
+from lightning_moevlm.cli import bench, compare, parts, sweep
 from lightning_moevlm.cli.data import commands as data
+from lightning_moevlm.cli.models import export
 from lightning_moevlm.cli.runs import replay, spikes, sync
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.messages.parse_errors import short_message

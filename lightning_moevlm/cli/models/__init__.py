@@ -1,0 +1,1 @@
+"""Commands on models: their weights and their routing."""
