@@ -29,10 +29,10 @@ INTERFACES = {
     "configuration/reference_parser.py": {"_check_value_key": "jsonargparse:ArgumentParser"},
     "data/images/allocation.py": {"_new_shared": "torch:UntypedStorage"},
     "data/images/decode.py": {"_upsample_bilinear2d_aa": "torch:ops.aten"},
-    "model/backbones/adopted/_adopted_moe.py": {
+    "model/backbones/adopted/routing/_adopted_moe.py": {
         "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig"
     },
-    "model/backbones/adopted/adopt.py": dict.fromkeys(
+    "model/backbones/adopted/routing/adopt.py": dict.fromkeys(
         ("_device_mesh", "_tp_size"), "transformers.modeling_utils:PreTrainedModel"
     ),
     "model/dispatch/padded.py": {"_assert_async": "torch"},

@@ -19,11 +19,11 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.contracts.special_tokens import PAD
 from lightning_moevlm.contracts.step_records import NamedPlan
-from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
-from lightning_moevlm.model.backbones.adopted.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, Origin, build, draw, takes
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, Tokens
 from lightning_moevlm.model.backbones.adopted.images import image_inputs
+from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
 from lightning_moevlm.model.backbones.adopted.run_again import WholeTexts
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze

@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.sizes import is_connector, vision_parameters
 
 Part: TypeAlias = Literal["vision", "connector", "language", "routers", "all_but_routers"]

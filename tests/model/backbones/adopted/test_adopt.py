@@ -15,11 +15,11 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
-from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
-from lightning_moevlm.model.backbones.adopted._their_router import TheirRouter
-from lightning_moevlm.model.backbones.adopted.adopt import adopt
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, Tokens
-from lightning_moevlm.model.backbones.adopted.seam import find_seams
+from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirRouter
+from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
+from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
 from lightning_moevlm.model.layers.feed_forward.feed_forward import RoutedPlan
 from tests.model.backbones.adopted.families import tiny
 

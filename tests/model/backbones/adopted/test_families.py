@@ -17,9 +17,9 @@ import transformers
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones import adopted
-from lightning_moevlm.model.backbones.adopted.adopt import adopt
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass
-from lightning_moevlm.model.backbones.adopted.seam import find_seams
+from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
 from tests.model.backbones.adopted.families import families, tiny
 from tests.model.backbones.adopted.test_adopt import assert_equal
 

@@ -11,8 +11,8 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan
-from lightning_moevlm.model.backbones.adopted.adopt import adopt
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.backbones.adopted.seam import Seam, ask, random_copy
+from lightning_moevlm.model.backbones.adopted.routing.seam import Seam, ask, random_copy
 from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.model.routers import Router
 

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.backbones.adopted.seam import SCORES, Gate, TheirScore
+from lightning_moevlm.model.backbones.adopted.routing.seam import SCORES, Gate, TheirScore
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.model.routers.choices import make_plan, renormalise_weights
 

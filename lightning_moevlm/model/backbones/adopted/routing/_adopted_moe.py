@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
-from lightning_moevlm.model.backbones.adopted._their_router import TheirBiasRouter, TheirRouter
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass, spread
-from lightning_moevlm.model.backbones.adopted.replace import Replacement
-from lightning_moevlm.model.backbones.adopted.seam import Gate
+from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirBiasRouter, TheirRouter
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, spread
+from lightning_moevlm.model.backbones.adopted.routing.replace import Replacement
+from lightning_moevlm.model.backbones.adopted.routing.seam import Gate
 from lightning_moevlm.model.dispatch import Dispatcher, Experts
 from lightning_moevlm.model.dispatch.expert_protocol import Linear
 from lightning_moevlm.model.experts import ExpertStack

@@ -6,10 +6,10 @@ from contextlib import contextmanager
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.model.backbones.adopted._adopted_moe import AdoptedMoE
-from lightning_moevlm.model.backbones.adopted.current_pass import CurrentPass
-from lightning_moevlm.model.backbones.adopted.replace import carry, replace_router
-from lightning_moevlm.model.backbones.adopted.seam import find_seams
+from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.routing.replace import carry, replace_router
+from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
 from lightning_moevlm.model.routers import Router
 
 
