@@ -1,6 +1,7 @@
 """Auxiliary losses: functions of plans, and the set of switches that turns them on."""
 
 from lightning_moevlm.model.losses.auxiliary import OWN_LOSSES, AuxiliaryLosses, SumName
+from lightning_moevlm.model.losses.balancing.cross_layer_balance import CrossLayerBalance
 from lightning_moevlm.model.losses.balancing.gshard import GShard
 from lightning_moevlm.model.losses.balancing.importance import Importance
 from lightning_moevlm.model.losses.balancing.load import Load
@@ -25,6 +26,7 @@ __all__ = [
     "AuxiliaryLosses",
     "ByOverflow",
     "BySparsity",
+    "CrossLayerBalance",
     "ExpertCoupling",
     "GShard",
     "GlobalEntropy",

@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.step_records import PlanSize, Term
+from lightning_moevlm.model.losses.balancing.cross_layer_balance import CrossLayerBalance
 from lightning_moevlm.model.losses.balancing.gshard import GShard
 from lightning_moevlm.model.losses.balancing.importance import Importance
 from lightning_moevlm.model.losses.balancing.load import Load
@@ -39,7 +40,10 @@ from lightning_moevlm.model.losses.routing_loss import RoutingLoss
 from lightning_moevlm.model.losses.weights import AdaptiveWeight, Weight, check_weight, first_value
 
 _BALANCING = frozenset(
-    {"load_balance", "importance", "load", "gshard", "sequence_balance", "global_entropy", "mutual_information"}
+    {
+        *("load_balance", "cross_layer_balance", "importance", "load", "gshard", "sequence_balance", "global_entropy"),
+        "mutual_information",
+    }
 )
 SumName = tuple[str, Place | str]
 """A loss and the place of a plan, or the term whose logits it is on; without a name of a loss: the size of a plan."""
@@ -60,6 +64,8 @@ class AuxiliaryLosses:
 
     Args:
         load_balance: Switch load-balancing loss, over a sequence, a micro-batch or the whole optimiser step.
+        cross_layer_balance: Load-balancing loss over all layers together, as Hugging Face transformers computes it, in
+            place of load_balance.
         router_z: ST-MoE router z-loss.
         output_z: PaLM z-loss on the output logits of heads that predict classes.
         importance: Importance loss: equal total gate weight of the experts.
@@ -75,12 +81,13 @@ class AuxiliaryLosses:
         others: Losses from other packages, each under a name of your choice.
 
     Raises:
-        UserError: a negative weight, or an invalid or used name.
+        UserError: a negative weight, an invalid or used name, or the same balance twice.
     """
 
     load_balance: LoadBalance | None = field(default_factory=LoadBalance)
     router_z: RouterZ | None = field(default_factory=RouterZ)
     output_z: OutputZ | None = None
+    cross_layer_balance: CrossLayerBalance | None = None
     importance: Importance | None = None
     load: Load | None = None
     gshard: GShard | None = None
@@ -103,6 +110,11 @@ class AuxiliaryLosses:
                 )
         for name, weight in self.weights.items():
             check_weight(f"{self.key(name)}.weight", weight)
+        if self.load_balance is not None and self.cross_layer_balance is not None:
+            raise UserError(
+                "losses.load_balance and losses.cross_layer_balance are both on, so the load would be balanced twice: "
+                "set one of them to null"
+            )
 
     def check(self, layers: Iterable[RoutedLayer]) -> None:
         """Refuse a loss that is undefined for a layer; a dense model has none.
@@ -168,7 +180,7 @@ class AuxiliaryLosses:
                 raw, in_step = loss(log_partitions), None if step is None else loss.in_step(log_partitions, step)
             else:
                 found = [(own, k) for k, one in enumerate(inputs) if (own := loss.sums(one)) is not None]
-                values = [loss.value(own, sizes[k]) for own, k in found]
+                values = _values(loss, [(own, sizes[k], inputs[k].place) for own, k in found])
                 raw = torch.stack(values).mean() if values else None
                 in_step = None
                 if step is not None and loss.adds_up and values:
@@ -213,13 +225,28 @@ class AuxiliaryLosses:
             if isinstance(loss, OutputZ):
                 values = [each[0] / each[1] for each in own.values() if each[1]]
             else:
-                values = [loss.value(each, sizes[place]) for place, each in own.items()]
+                of_plans = [(each, sizes[place], place) for place, each in own.items() if isinstance(place, Place)]
+                values = _values(loss, of_plans)
             if values:
                 terms[name] = Term(torch.stack(values).mean(), in_force[name])
         return terms
 
     def _in_force(self, weights: Mapping[str, float | Tensor] | None) -> dict[str, float | Tensor]:
         return {name: first_value(weight) for name, weight in self.weights.items()} | dict(weights or {})
+
+
+def _values(loss: PlanLoss, parts: Iterable[tuple[Tensor, PlanSize, Place]]) -> list[Tensor]:
+    """Return the value of each plan's sums, or of those of all layers that see the same tokens together."""
+    if not loss.joins_layers:
+        return [loss.value(sums, size) for sums, size, _ in parts]
+    joined: dict[object, tuple[Tensor, PlanSize]] = {}
+    for sums, size, place in parts:
+        kind = (place.source, place.modalities, sums.shape)
+        if kind in joined:
+            before, tokens = joined[kind]
+            sums, size = before + sums, PlanSize(*(a + b for a, b in zip(tokens, size, strict=True)))
+        joined[kind] = (sums, size)
+    return [loss.value(sums, size) for sums, size in joined.values()]
 
 
 OWN_LOSSES = tuple(entry.name for entry in fields(AuxiliaryLosses) if entry.name != "others")

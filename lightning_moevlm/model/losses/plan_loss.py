@@ -25,10 +25,13 @@ class PlanLoss(ABC):
 
     draws: it draws random numbers in training, so that its value is another one each time.
     reaches_experts: it is computed through the experts' weights too, and trains them.
+    joins_layers: its value is that of the sums over all layers of a pass, not the mean of their values. Such a loss
+        does not add up.
     """
 
     draws: ClassVar[bool] = False
     reaches_experts: ClassVar[bool] = False
+    joins_layers: ClassVar[bool] = False
 
     @property
     def adds_up(self) -> bool:

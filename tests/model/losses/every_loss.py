@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.model.losses import (
+    CrossLayerBalance,
     ExpertCoupling,
     GlobalEntropy,
     GShard,
@@ -30,6 +31,7 @@ LOSSES: dict[str, Any] = {
     "load_balance of sequences of images": LoadBalance(scope="sequence", only="image"),
     "load_balance of sequences": LoadBalance(scope="sequence", per_modality=True),
     "load_balance, global": LoadBalance(scope="global"),
+    "cross_layer_balance": CrossLayerBalance(),
     "router_z": RouterZ(),
     "output_z": OutputZ(),
     "importance": Importance(),

@@ -12,6 +12,7 @@ from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.model.losses import (
     AuxiliaryLosses,
     ByOverflow,
+    CrossLayerBalance,
     GlobalEntropy,
     GShard,
     Importance,
@@ -22,6 +23,7 @@ from lightning_moevlm.model.losses import (
     LossInput,
     MutualInformation,
     OutputZ,
+    Place,
     ReLUL1,
     RoutedLayer,
     RouterOrthogonality,
@@ -52,6 +54,28 @@ def test_load_balance_ignores_what_capacity_dropped() -> None:
     plan = top_1_plan(torch.tensor([[2.0, 0.0]]).expand(4, 2))
     dropped = plan._replace(kept_N=torch.tensor([True, False, False, False]))
     assert torch.equal(loss_of(LoadBalance(), plan), loss_of(LoadBalance(), dropped))
+
+
+def test_cross_layer_balance_adds_layers_up_and_needs_load_balance_off() -> None:
+    # f = (2/3, 1/3) and P = (7/12, 5/12) in one layer, the other way round in the second: both are (1/2, 1/2) in sum
+    layers = [top_1_plan(THREE_TOKENS), top_1_plan(THREE_TOKENS.flip(1))]
+    losses = AuxiliaryLosses(None, None, cross_layer_balance=CrossLayerBalance(0.5))
+    inputs = [LossInput(plan, place=Place(layer=str(number))) for number, plan in enumerate(layers)]
+    joined, alone = (losses.terms(each)["cross_layer_balance"] for each in (inputs, inputs[:1]))
+    assert float(joined.raw) == pytest.approx(1.0)
+    assert float(joined.weighted) == pytest.approx(0.5)
+    assert float(alone.raw) == pytest.approx(38 / 36)
+    assert float(losses.means(losses.sums(inputs))["cross_layer_balance"].raw) == pytest.approx(1.0)
+    # layers of another pass or of other tokens have a value of their own
+    apart = [inputs[0], inputs[1]._replace(place=Place(source="text"))]
+    assert float(losses.terms(apart)["cross_layer_balance"].raw) == pytest.approx(38 / 36)
+    with pytest.raises(UserError, match="both on, so the load would be balanced twice: set one of them to null"):
+        AuxiliaryLosses(cross_layer_balance=CrossLayerBalance())
+
+
+def test_cross_layer_balance_counts_every_choice() -> None:
+    # both experts of every token, so f = (1, 1): K = 2 whatever P is
+    assert float(loss_of(CrossLayerBalance(), full_plan(THREE_TOKENS, top_k=2))) == pytest.approx(2.0)
 
 
 def two_by_two() -> PairPlan:

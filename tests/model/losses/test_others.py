@@ -48,19 +48,16 @@ def test_it_is_averaged_over_plans_beside_our_own() -> None:
     assert not losses.balancing
 
 
-def test_seven_own_losses_balance() -> None:
+def test_eight_own_losses_balance() -> None:
     kinds = {name: get_args(hint)[0] for name, hint in get_type_hints(AuxiliaryLosses).items() if name in OWN_LOSSES}
-    losses = AuxiliaryLosses(**{name: kind() for name, kind in kinds.items()})
-    balancing = {
-        "load_balance",
-        "importance",
-        "load",
-        "gshard",
-        "sequence_balance",
-        "global_entropy",
-        "mutual_information",
-    }
-    assert losses.balancing == balancing and losses.enabled.keys() == set(OWN_LOSSES)
+    both = ("load_balance", "cross_layer_balance")  # the same balance, so one of them alone may be on
+    one, other = (
+        AuxiliaryLosses(**{name: None if name == off else kind() for name, kind in kinds.items()}) for off in both
+    )
+    common = {"importance", "load", "gshard", "sequence_balance", "global_entropy", "mutual_information"}
+    assert one.balancing == common | {"cross_layer_balance"}
+    assert other.balancing == common | {"load_balance"}
+    assert one.enabled.keys() | other.enabled.keys() == set(OWN_LOSSES)
 
 
 def test_it_may_refuse_a_router() -> None:

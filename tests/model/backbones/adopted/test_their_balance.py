@@ -4,6 +4,7 @@ Each test states a fault that users have reported (threads in the docstrings), a
 fails after an update is mended there: then the guide is to be changed.
 """
 
+import importlib
 from typing import Any
 
 import pytest
@@ -13,10 +14,13 @@ from torch import Tensor, nn
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
 from lightning_moevlm.model.backbones.adopted.build import Origin, build, draw
-from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
+from lightning_moevlm.model.losses import AuxiliaryLosses, CrossLayerBalance, LoadBalance
 from lightning_moevlm.training.step.routing_counts import loss_inputs
 from tests.model.backbones.adopted.families import tiny
 from tests.model.backbones.adopted.small_hugging_face import OLMOE, QWEN, small_hugging_face
+from tests.model.backbones.adopted.test_hugging_face import trained
+from tests.small_model import pair_batch
+from tests.training.callbacks.asked_run import Tagged
 
 IDS = torch.randint(3, 90, (4, 12), generator=torch.Generator().manual_seed(0))
 
@@ -96,3 +100,37 @@ def test_families_with_a_bias_have_neither_a_loss_nor_a_moving_bias(family: str)
     biases = [buffer for name, buffer in model.named_buffers() if name.endswith("e_score_correction_bias")]
     assert biases
     assert not any(bool(bias.any()) for bias in biases)
+
+
+@pytest.mark.parametrize(
+    "config", [OLMOE, QWEN, OLMOE | {"model_type": "mixtral"}], ids=["olmoe", "qwen3_vl_moe", "mixtral"]
+)
+def test_cross_layer_balance_is_their_loss(config: dict[str, Any]) -> None:
+    """Value and gradient are those of their own function on the logits that their own model returns."""
+    family = config["model_type"]
+    modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+    backbone, batch = small_hugging_face(config), pair_batch()
+    output = backbone(batch.images_BRYX if config is QWEN else None, batch.text_BL, batch.text_mask_BL)
+    rows = [layer.router.rows() for layer in backbone.layers]
+    logits = tuple(named.plan.logits_TE for named in output.plans)
+    theirs = modeling.load_balancing_loss_func(logits, 4, 2, output.layout.valid_BS.long())
+    losses = AuxiliaryLosses(None, None, cross_layer_balance=CrossLayerBalance())
+    ours = losses.terms(loss_inputs(backbone, output.plans, {}, training=True))["cross_layer_balance"].raw
+    torch.testing.assert_close(ours, theirs)
+    for one, other in zip(
+        *(torch.autograd.grad(each, rows, retain_graph=True) for each in (ours, theirs)), strict=True
+    ):
+        assert bool(one.any())
+        torch.testing.assert_close(one, other)
+
+
+def test_their_loss_by_name_has_a_receipt_and_ours_is_off(monkeypatch: pytest.MonkeyPatch) -> None:
+    modeling = importlib.import_module("transformers.models.qwen3_vl_moe.modeling_qwen3_vl_moe")
+    monkeypatch.setattr(modeling, "load_balancing_loss_func", None)  # so calling it fails: it cannot act twice
+    logger = Tagged()
+    losses = AuxiliaryLosses(None, None, cross_layer_balance=CrossLayerBalance(0.01))
+    trained(small_hugging_face(), 1, logger, losses)
+    receipts = {name: tag for name, tag in logger.tags.items() if name.startswith("receipt/losses.")}
+    assert list(receipts) == ["receipt/losses.cross_layer_balance"]
+    assert receipts["receipt/losses.cross_layer_balance"].startswith("alive")
+    assert "loss/load_balance" not in logger.points
