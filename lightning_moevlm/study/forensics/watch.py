@@ -100,8 +100,8 @@ class Watch:
         updates = {name: value for name, value in step.values.items() if name.startswith("expert_update/")}
         num_experts = Counter(name.rpartition("/")[0] for name in updates)
         for name, value in updates.items():
-            share = _find_share(step, name) * num_experts[name.rpartition("/")[0]]
-            self._still[name] = self._still[name] + 1 if value < _STILL and share >= _FED else 0
+            is_still = value < _STILL and _find_share(step, name) * num_experts[name.rpartition("/")[0]] >= _FED
+            self._still[name] = self._still[name] + 1 if is_still else 0
         frozen = [name.partition("/")[2] for name, steps in self._still.items() if steps >= STILL_STEPS]
         text = f"{', '.join(frozen)}: chosen by tokens and without an update for {STILL_STEPS} steps"
         return [Event(step.step, "frozen expert", text)] if frozen else []
