@@ -41,6 +41,7 @@ DEEPSEEK = partial(SigmoidBiasRouter, top_k=2, groups=GROUPS)
         ("olmoe", partial(TopKRouter, top_k=2)),
         ("mixtral", partial(TopKRouter, top_k=2, renormalise=True)),
         ("qwen3_vl_moe", partial(TopKRouter, top_k=2, renormalise=True)),
+        ("qwen3_vl_moe", partial(SigmoidBiasRouter, top_k=2, score="softmax")),  # its bias begins at 0
         ("deepseek_v3", DEEPSEEK),  # with a factor of 2.5 on its weights
         ("glm4v_moe", DEEPSEEK),
         ("solar_open", partial(SigmoidBiasRouter, top_k=2, groups=GROUPS)),
@@ -76,6 +77,14 @@ def test_other_routers_start_anew_and_the_record_says_so() -> None:
         plan = output.plans[0].plan
         assert isinstance(plan, PairPlan)
         assert plan.expert_N.numel() == router.keywords["top_k"] * plan.num_tokens
+
+
+def test_models_without_memory_take_routers_too() -> None:
+    """As `sweep plan` and `describe` build them."""
+    with torch.device("meta"):
+        model = small_hugging_face(router=partial(SigmoidBiasRouter, top_k=2, score="softmax"))
+    assert all(parameter.is_meta for layer in model.layers for parameter in layer.router.parameters())
+    assert model.layers[0].dispatcher.record().endswith("with the model's weights")
 
 
 def test_new_routers_keep_the_sum_of_the_weights() -> None:

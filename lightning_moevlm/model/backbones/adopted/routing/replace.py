@@ -5,7 +5,6 @@ tokens. If the experts are the same and the weights proportional, the rows and t
 between the weights (`routed_scaling_factor` in DeepSeek-V3) is kept. Otherwise our router starts anew.
 """
 
-import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -52,7 +51,9 @@ def replace_router(theirs: nn.Module, seam: Seam, block: nn.Module, make: Callab
         )
     if router.num_experts != gate.num_experts:
         raise UserError(f"model.backbone.router {name} has {router.num_experts} experts, the model {gate.num_experts}")
-    trial, twin = random_copy(theirs), copy.deepcopy(router).cpu().float().eval()
+    with defer_initialisation(), torch.device("cpu"):  # the model itself may have shapes alone
+        twin = make(gate.dim, gate.num_experts).float().eval()
+    trial = random_copy(theirs)
     sample = torch.Generator("cpu").manual_seed(1)
     tokens_TD = torch.randn(_NUM_TRIALS, gate.dim, generator=sample, device="cpu")
     for bias in _biases(trial, gate.num_experts):
@@ -81,11 +82,11 @@ def carry(theirs: nn.Module, router: nn.Module) -> bool:
     if len(like) != 1 or rest:
         return False
     theirs_bias, ours = _biases(theirs, len(rows)), getattr(router, "bias_AE", None)
-    if len(theirs_bias) > 1 or bool(theirs_bias) != isinstance(ours, Tensor):
+    if len(theirs_bias) > 1 or (theirs_bias and not isinstance(ours, Tensor)):
         return False
     rows.copy_(like[0])
-    if theirs_bias and isinstance(ours, Tensor):
-        ours.copy_(theirs_bias[0].reshape(1, -1).expand_as(ours))
+    if isinstance(ours, Tensor):  # a bias that they do not have begins at 0
+        ours.copy_(theirs_bias[0].reshape(1, -1).expand_as(ours)) if theirs_bias else ours.zero_()
     return True
 
 
