@@ -173,6 +173,21 @@ class Predictions(NamedTuple):
     target_M: Tensor
 
 
+class SampleLosses(NamedTuple):
+    """Losses of the single predictions of one term, kept in evaluation, to compare two ways of running a model.
+
+    keys: of the samples.
+    row_M: int64, place of the sample of each prediction in `keys`.
+    loss_M: fp32, unweighted; its mean is the term.
+    right_M: fp32, how right the prediction is, 0 to 1; None for a term without right answers.
+    """
+
+    keys: tuple[str, ...]
+    row_M: Tensor
+    loss_M: Tensor
+    right_M: Tensor | None
+
+
 class Embeddings(NamedTuple):
     """Features of pairs in one space, kept during an evaluation whose metrics compare samples with each other."""
 
@@ -224,6 +239,7 @@ class ObjectiveOutput(NamedTuple):
     answered: in evaluation, for an objective that answers questions.
     judged: in evaluation, for an objective that judges statements.
     matchable: in evaluation, for an objective that matches images with texts; of the samples of the embeddings.
+    of_samples: in evaluation, losses of single samples, for every term that has them.
     """
 
     terms: dict[str, Term]
@@ -236,3 +252,4 @@ class ObjectiveOutput(NamedTuple):
     answered: Answered | None = None
     judged: Judged | None = None
     matchable: Matchable | None = None
+    of_samples: Mapping[str, SampleLosses] = MappingProxyType({})

@@ -19,7 +19,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.answer_list import read_answers
 from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.contracts.model_card import Costs
-from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.contracts.step_records import Answered, BatchSize, ObjectiveOutput, PlanSize, SampleLosses, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.measure import Measure
 from lightning_moevlm.model.metrics.tasks.vqa import VQAAccuracy
@@ -74,14 +74,15 @@ class AnswerClassification(Objective):
             logits_BA = self.out(self.norm(F.gelu(self.hidden(question_BD))))
         target_BA = self.targets(questions.answers, logits_BA.device)
         with region(self.precision, "losses", logits_BA.device.type) as cast:
-            loss = F.binary_cross_entropy_with_logits(cast(logits_BA), target_BA, reduction="none").sum(dim=1).mean()
+            loss_B = F.binary_cross_entropy_with_logits(cast(logits_BA), target_BA, reduction="none").sum(dim=1)
         return ObjectiveOutput(
-            {TERM: Term(loss, 1.0, len(target_BA))},
+            {TERM: Term(loss_B.mean(), 1.0, len(target_BA))},
             {},
             output.plans,
             output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
             output.attention,
             answered=None if self.training else self._answered(logits_BA, questions.answers),
+            of_samples={} if self.training else {TERM: _of_samples(questions, loss_B, logits_BA, target_BA)},
         )
 
     def size(self, batch: Batch) -> BatchSize:
@@ -115,6 +116,12 @@ class AnswerClassification(Objective):
     def _answered(self, logits_BA: Tensor, answers: Answers) -> Answered:
         chosen = logits_BA.detach().argmax(dim=-1).tolist()
         return Answered(tuple(self.answers[index] for index in chosen), answers.given, answers.kinds)
+
+
+def _of_samples(questions: Batch, loss_B: Tensor, logits_BA: Tensor, target_BA: Tensor) -> SampleLosses:
+    """Return the loss of each question; a chosen answer is as right as its target says."""
+    right_B = target_BA.gather(1, logits_BA.argmax(dim=1, keepdim=True)).squeeze(1)
+    return SampleLosses(questions.keys, torch.arange(len(loss_B), device=loss_B.device), loss_B.detach(), right_B)
 
 
 def _soft_score(answer: str, given: Sequence[str]) -> float:

@@ -16,7 +16,14 @@ from lightning_moevlm.contracts.answer_list import read_classes
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
-from lightning_moevlm.contracts.step_records import BatchSize, ObjectiveOutput, PlanSize, Predictions, Term
+from lightning_moevlm.contracts.step_records import (
+    BatchSize,
+    ObjectiveOutput,
+    PlanSize,
+    Predictions,
+    SampleLosses,
+    Term,
+)
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.objectives.draws import Draws
 from lightning_moevlm.model.objectives.objective import Objective
@@ -66,13 +73,19 @@ class Classification(Objective):
             logits_MC: Tensor = self.out(self.norm(cast(output.pool(Modality.IMAGE)[rows_M.long()])))
         with region(self.precision, "losses", logits_MC.device.type) as cast:
             loss = cross_entropy(cast(logits_MC), target_M.long())
+        predictions = Predictions(logits_MC.detach().argmax(dim=-1), target_M.long())
+        of_samples = {}
+        if not self.training and loss.loss_M is not None:
+            right_M = (predictions.predicted_M == predictions.target_M).float()
+            of_samples[TERM] = SampleLosses(batch.image_keys, rows_M.long(), loss.loss_M.detach(), right_M)
         return ObjectiveOutput(
             {TERM: Term(loss.mean, 1.0, len(target_M))},
-            {TERM: Predictions(logits_MC.detach().argmax(dim=-1), target_M.long())},
+            {TERM: predictions},
             output.plans,
             output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
             output.attention,
             {} if loss.log_partition_M is None else {TERM: loss.log_partition_M},
+            of_samples=of_samples,
         )
 
     def size(self, batch: Batch) -> BatchSize:

@@ -28,7 +28,14 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
-from lightning_moevlm.contracts.step_records import BatchSize, Embeddings, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.contracts.step_records import (
+    BatchSize,
+    Embeddings,
+    ObjectiveOutput,
+    PlanSize,
+    SampleLosses,
+    Term,
+)
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.content_ids import content_ids
 from lightning_moevlm.model.metrics.measure import Measure
@@ -112,6 +119,7 @@ class Contrastive(Objective):
             output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
             output.attention,
             embeddings=None if self.training else self._keep(backbone, pairs, image_BD, text_BD),
+            of_samples={} if self.training else {TERM: self._of_samples(pairs, image_BD, text_BD)},
         )
         return Compared(terms, image_BD, text_BD)
 
@@ -135,6 +143,21 @@ class Contrastive(Objective):
             content_ids(every.images_BRYX.cpu()),
             content_ids(words),
         )
+
+    def _of_samples(self, pairs: Batch, image_BD: Tensor, text_BD: Tensor) -> SampleLosses:
+        """Return the loss of each pair among those of the batch; right is the share of both ways that find the own."""
+        row_B, scale = torch.arange(len(image_BD), device=image_BD.device), self.log_scale.value.exp()
+        with region(self.precision, "losses", image_BD.device.type) as cast:
+            image_BD, text_BD = cast(image_BD), cast(text_BD)
+            similar_BB = image_BD @ text_BD.T
+            if self.logit_bias is None:
+                logits_BB = scale.clamp(max=_LARGEST_SCALE) * similar_BB
+                both = [F.cross_entropy(each_BB, row_B, reduction="none") for each_BB in (logits_BB, logits_BB.T)]
+                loss_B = (both[0] + both[1]) / 2
+            else:
+                loss_B = sigmoid_losses(image_BD, text_BD, scale, self.logit_bias.value)
+        found_B = [(each_BB.argmax(dim=1) == row_B).float() for each_BB in (similar_BB, similar_BB.T)]
+        return SampleLosses(pairs.keys, row_B, loss_B.detach(), (found_B[0] + found_B[1]) / 2)
 
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of pairs, and tokens of their pass."""
@@ -220,14 +243,19 @@ def softmax_contrast(
 
 
 def sigmoid_contrast(image_BD: Tensor, text_ND: Tensor, scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
-    """Return the mean over B images of the sum over N texts of -log sigmoid(z (scale <image, text> + bias)).
+    """Return the mean of `sigmoid_losses`."""
+    return sigmoid_losses(image_BD, text_ND, scale, bias, first).mean()
+
+
+def sigmoid_losses(image_BD: Tensor, text_ND: Tensor, scale: Tensor, bias: Tensor, first: int = 0) -> Tensor:
+    """Return for each of B images the sum over N texts of -log sigmoid(z (scale <image, text> + bias)).
 
     z is 1 where the text is the image's own, else -1. `first` is as in `softmax_contrast`.
     """
     sign_BN = torch.full((len(image_BD), len(text_ND)), -1.0, device=image_BD.device)
     row_B = torch.arange(len(image_BD), device=image_BD.device)
     sign_BN[row_B, first + row_B] = 1.0
-    return -F.logsigmoid(sign_BN * (scale * image_BD @ text_ND.T + bias)).sum(dim=1).mean()
+    return -F.logsigmoid(sign_BN * (scale * image_BD @ text_ND.T + bias)).sum(dim=1)
 
 
 class _Scalar(nn.Module):

@@ -116,6 +116,7 @@ class Joint(Objective):
             answered=next((output.answered for output in outputs.values() if output.answered is not None), None),
             matchable=next((output.matchable for output in outputs.values() if output.matchable is not None), None),
             judged=next((output.judged for output in outputs.values() if output.judged is not None), None),
+            of_samples=_prefixed({name: output.of_samples for name, output in outputs.items()}),
         )
 
     def size(self, batch: Batch) -> BatchSize | None:

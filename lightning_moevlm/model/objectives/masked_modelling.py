@@ -28,6 +28,7 @@ from lightning_moevlm.contracts.step_records import (
     ObjectiveOutput,
     PlanSize,
     Predictions,
+    SampleLosses,
     Term,
 )
 from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneSpec
@@ -127,11 +128,11 @@ class MaskedModelling(Objective):
         if text is not None and text_mask is not None and self.weights.text is not None:
             masked = self._masked_text("text", self.ratios.text, text, text_mask, batch.text_keys, draws)
             output = step.encode(None, masked.input_BL, text_mask, None)
-            step.add_text("text", self.weights.text, output, text, masked.hidden_BL)
+            step.add_text("text", self.weights.text, output, text, _Hidden(masked.hidden_BL, batch.text_keys))
         if images is not None and self.weights.image is not None:
             hidden_BP = self._hidden_patches("image", images, batch.image_keys, draws)
             output = step.encode(images, None, None, hidden_BP)
-            step.add_image("image", self.weights.image, output, images, hidden_BP)
+            step.add_image("image", self.weights.image, output, images, _Hidden(hidden_BP, batch.image_keys))
         pairs = batch.pairs
         if images is not None and text is not None and text_mask is not None and pairs and self._uses_pairs():
             images, text, text_mask, keys = images[:pairs], text[:pairs], text_mask[:pairs], batch.keys[:pairs]
@@ -139,9 +140,9 @@ class MaskedModelling(Objective):
             hidden_BP = self._hidden_patches("pair_image", images, keys, draws)
             output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
             if self.weights.pair_text is not None:
-                step.add_text("pair_text", self.weights.pair_text, output, text, masked.hidden_BL)
+                step.add_text("pair_text", self.weights.pair_text, output, text, _Hidden(masked.hidden_BL, keys))
             if self.weights.pair_image is not None:
-                step.add_image("pair_image", self.weights.pair_image, output, images, hidden_BP)
+                step.add_image("pair_image", self.weights.pair_image, output, images, _Hidden(hidden_BP, keys))
         if not step.terms:
             raise UserError(
                 "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
@@ -154,6 +155,7 @@ class MaskedModelling(Objective):
             step.num_tokens,
             tuple(step.attention),
             step.log_partitions,
+            of_samples=step.of_samples,
         )
 
     def size(self, batch: Batch) -> BatchSize:
@@ -228,6 +230,7 @@ class _Step:
         self.terms: dict[str, Term] = {}
         self.predictions: dict[str, Predictions] = {}
         self.log_partitions: dict[str, Tensor] = {}
+        self.of_samples: dict[str, SampleLosses] = {}
         self.plans: list[NamedPlan] = []
         self.attention: list[AttentionLogits] = []
         self.num_tokens = 0
@@ -242,30 +245,45 @@ class _Step:
         self.num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
         return output
 
-    def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden_BL: Tensor) -> None:
-        features_MD = output.features(Modality.TEXT)[hidden_BL]
-        target_M = text_BL[hidden_BL]
+    def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden: "_Hidden") -> None:
+        features_MD = output.features(Modality.TEXT)[hidden.mask_BS]
+        target_M = text_BL[hidden.mask_BS]
         logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
         with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
-            self._add(name, weight, cross_entropy(cast(logits_MV), target_M), len(target_M))
+            loss = cross_entropy(cast(logits_MV), target_M)
         self.predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
+        self._add(name, Term(loss.mean, weight, len(target_M)), loss, hidden)
 
-    def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden_BP: Tensor) -> None:
+    def add_image(self, name: str, weight: float, output: BackboneOutput, images: Tensor, hidden: "_Hidden") -> None:
         targets = self.objective.image_targets
         if self.image_target is None:
             self.image_target = targets(images)
-        target_M = self.image_target[: hidden_BP.shape[0]][hidden_BP]
-        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden_BP])
+        target_M = self.image_target[: hidden.mask_BS.shape[0]][hidden.mask_BS]
+        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden.mask_BS])
         with region(self.objective.precision, "losses", output_MO.device.type) as cast:
-            self._add(name, weight, targets.loss(cast(output_MO), target_M), len(target_M))
+            loss = targets.loss(cast(output_MO), target_M)
         predictions = targets.predictions(output_MO.detach(), target_M)
         if predictions is not None:
             self.predictions[name] = predictions
+        self._add(name, Term(loss.mean, weight, len(target_M)), loss, hidden)
 
-    def _add(self, name: str, weight: float, loss: TargetLoss, count: int) -> None:
-        self.terms[name] = Term(loss.mean, weight, count)
+    def _add(self, name: str, term: Term, loss: TargetLoss, hidden: "_Hidden") -> None:
+        self.terms[name] = term
         if loss.log_partition_M is not None:
             self.log_partitions[name] = loss.log_partition_M
+        if self.objective.training or loss.loss_M is None:
+            return
+        classes = self.predictions.get(name)
+        right_M = None if classes is None else (classes.predicted_M == classes.target_M).float()
+        row_M = hidden.mask_BS.nonzero()[:, 0]
+        self.of_samples[name] = SampleLosses(hidden.keys, row_M, loss.loss_M.detach(), right_M)
+
+
+class _Hidden(NamedTuple):
+    """Hidden positions of a pass, bool (B, S), and the keys of its samples."""
+
+    mask_BS: Tensor
+    keys: tuple[str, ...]
 
 
 def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, noise_BL: Tensor) -> MaskedText:

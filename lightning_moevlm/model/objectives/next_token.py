@@ -29,6 +29,7 @@ from lightning_moevlm.contracts.step_records import (
     ObjectiveOutput,
     PlanSize,
     Predictions,
+    SampleLosses,
     Term,
 )
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
@@ -86,6 +87,7 @@ class NextToken(Objective):
         terms: dict[str, Term] = {}
         predictions: dict[str, Predictions] = {}
         log_partitions: dict[str, Tensor] = {}
+        of_samples: dict[str, SampleLosses] = {}
         plans: list[NamedPlan] = []
         attention: list[AttentionLogits] = []
         num_tokens = 0
@@ -107,6 +109,10 @@ class NextToken(Objective):
             predictions[name] = Predictions(logits_MV.detach().argmax(dim=-1), target_M)
             if loss.log_partition_M is not None:
                 log_partitions[name] = loss.log_partition_M
+            if not self.training and loss.loss_M is not None:
+                right_M = (predictions[name].predicted_M == target_M).float()
+                row_M = predicted_BL.nonzero()[:, 0]
+                of_samples[name] = SampleLosses(part.keys, row_M, loss.loss_M.detach(), right_M)
             plans.extend(output.plans)
             attention.extend(output.attention)
             num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
@@ -115,7 +121,9 @@ class NextToken(Objective):
                 "this batch has no text that a weighted term of NextToken can use: set text_weight for texts alone, "
                 "caption_weight for pairs; images alone need another objective, such as MaskedModelling"
             )
-        return ObjectiveOutput(terms, predictions, tuple(plans), num_tokens, tuple(attention), log_partitions)
+        return ObjectiveOutput(
+            terms, predictions, tuple(plans), num_tokens, tuple(attention), log_partitions, of_samples=of_samples
+        )
 
     def logits(self, backbone: Backbone, features_MD: Tensor) -> Tensor:
         """Return the logits of the token that follows, (M, V)."""

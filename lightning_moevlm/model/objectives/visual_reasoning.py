@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Answers, Batch
 from lightning_moevlm.contracts.model_card import Costs
-from lightning_moevlm.contracts.step_records import BatchSize, Judged, ObjectiveOutput, PlanSize, Term
+from lightning_moevlm.contracts.step_records import BatchSize, Judged, ObjectiveOutput, PlanSize, SampleLosses, Term
 from lightning_moevlm.model.backbones import Backbone, BackboneSpec
 from lightning_moevlm.model.metrics.content_ids import content_ids
 from lightning_moevlm.model.metrics.measure import Measure
@@ -76,6 +76,7 @@ class VisualReasoning(Objective):
             logits_B2 = self.out(self.norm(F.gelu(self.hidden(both_BD))))
         with region(self.precision, "losses", logits_B2.device.type) as cast:
             loss = F.cross_entropy(cast(logits_B2), target_B)
+            of_samples = {} if self.training else {TERM: _of_samples(statements, cast(logits_B2), target_B)}
         return ObjectiveOutput(
             {TERM: Term(loss, 1.0, len(target_B))},
             {},
@@ -83,6 +84,7 @@ class VisualReasoning(Objective):
             output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
             output.attention,
             judged=None if self.training else _judge(logits_B2, target_B, statements, answers),
+            of_samples=of_samples,
         )
 
     def size(self, batch: Batch) -> BatchSize:
@@ -119,6 +121,12 @@ class VisualReasoning(Objective):
                     "choose a set of `moevlm data convert statements` or `nlvr2`"
                 )
         return torch.tensor([_TRUTH[given[0]] for given in answers.given])
+
+
+def _of_samples(statements: Batch, logits_B2: Tensor, target_B: Tensor) -> SampleLosses:
+    loss_B = F.cross_entropy(logits_B2, target_B, reduction="none")
+    right_B = (logits_B2.argmax(dim=-1) == target_B).float()
+    return SampleLosses(statements.keys, torch.arange(len(loss_B), device=loss_B.device), loss_B.detach(), right_B)
 
 
 def _judge(logits_B2: Tensor, target_B: Tensor, statements: Batch, answers: Answers) -> Judged:

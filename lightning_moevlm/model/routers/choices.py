@@ -5,6 +5,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
+from lightning_moevlm.model.routers.random_bits import scramble
 
 
 def make_plan(
@@ -46,6 +47,13 @@ def make_plan(
 def choose_experts(scores_TE: Tensor, top_k: int, inputs: RoutingInput) -> Tensor:
     """Return the experts with the largest scores, int64 (T, K), or those that were chosen elsewhere."""
     return scores_TE.topk(top_k, dim=-1).indices if inputs.expert_TK is None else inputs.expert_TK
+
+
+def draw_choices(number_T: Tensor, num_experts: int, top_k: int, seed: int) -> Tensor:
+    """Return k pseudo-random experts of each number, int64 (T, K); equal numbers draw equal experts."""
+    expert_E = torch.arange(num_experts, device=number_T.device)
+    draw_TE = scramble(number_T.unsqueeze(-1) * num_experts + expert_E, seed)
+    return draw_TE.topk(top_k, dim=-1).indices
 
 
 def list_choices(plan: PairPlan) -> Tensor:

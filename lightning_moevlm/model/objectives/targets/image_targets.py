@@ -13,10 +13,16 @@ from lightning_moevlm.model.layers.embeddings import patchify
 
 
 class TargetLoss(NamedTuple):
-    """mean: loss over M masked positions, a scalar fp32 tensor. log_partition_M: logsumexp of class logits, or None."""
+    """The loss over M masked positions.
+
+    mean: a scalar fp32 tensor.
+    log_partition_M: logsumexp of class logits, or None.
+    loss_M: loss of each position; None where only the mean is known.
+    """
 
     mean: Tensor
     log_partition_M: Tensor | None
+    loss_M: Tensor | None = None
 
 
 class ImageTargets(nn.Module, ABC):
@@ -65,8 +71,10 @@ class PixelTargets(ImageTargets):
         return standardise(patches_BPQ)
 
     def loss(self, output_MO: Tensor, target_M: Tensor) -> TargetLoss:
-        """Return the mean squared error."""
-        return TargetLoss(F.mse_loss(output_MO, target_M.to(output_MO.dtype)), None)
+        """Return the mean squared error; that of each patch only where no gradient is asked, since it costs as much."""
+        target_M = target_M.to(output_MO.dtype)
+        of_each = None if output_MO.requires_grad else F.mse_loss(output_MO, target_M, reduction="none").mean(dim=-1)
+        return TargetLoss(F.mse_loss(output_MO, target_M), None, of_each)
 
 
 class Codes(ImageTargets, ABC):
@@ -86,7 +94,7 @@ def cross_entropy(logits_MV: Tensor, target_M: Tensor) -> TargetLoss:
     """
     loss_M = F.cross_entropy(logits_MV, target_M, reduction="none")
     target_logit_M = logits_MV.gather(-1, target_M.unsqueeze(-1)).squeeze(-1)
-    return TargetLoss(loss_M.sum() / max(target_M.shape[0], 1), loss_M + target_logit_M)
+    return TargetLoss(loss_M.sum() / max(target_M.shape[0], 1), loss_M + target_logit_M, loss_M)
 
 
 def standardise(patches_BPQ: Tensor) -> Tensor:

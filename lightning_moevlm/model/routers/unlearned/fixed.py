@@ -11,8 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, count_turns, even_plan
-from lightning_moevlm.model.routers.random_bits import scramble
+from lightning_moevlm.model.routers.choices import check_top_k, count_turns, draw_choices, even_plan
 from lightning_moevlm.model.routers.router import Router
 
 
@@ -44,15 +43,12 @@ class FixedRouter(Router):
 
     def forward(self, inputs: RoutingInput) -> PairPlan:
         """Route T tokens to K experts each."""
-        turn_T1 = count_turns(inputs.valid_T, inputs.num_sequences, self.training).unsqueeze(
-            -1
-        )  # padding takes no turn
-        expert_TK = self._random(turn_T1) if self.rule == "random" else self._balance(turn_T1)
+        turn_T = count_turns(inputs.valid_T, inputs.num_sequences, self.training)  # padding takes no turn
+        if self.rule == "random":
+            expert_TK = draw_choices(turn_T, self.num_experts, self.top_k, seed=0)
+        else:
+            expert_TK = self._balance(turn_T.unsqueeze(-1))
         return even_plan(inputs, expert_TK, self.num_experts)
 
     def _balance(self, turn_T1: Tensor) -> Tensor:
         return (turn_T1 * self.top_k + torch.arange(self.top_k, device=turn_T1.device)) % self.num_experts
-
-    def _random(self, turn_T1: Tensor) -> Tensor:
-        expert_E = torch.arange(self.num_experts, device=turn_T1.device)
-        return scramble(turn_T1 * self.num_experts + expert_E, seed=0).topk(self.top_k, dim=-1).indices

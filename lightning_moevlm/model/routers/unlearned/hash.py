@@ -7,12 +7,9 @@ patch the code that `layers.PatchCodes` gives it; a masked position has the iden
 their experts. Loads are even over many identities, not over their frequencies.
 """
 
-import torch
-
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
-from lightning_moevlm.model.routers.choices import check_top_k, even_plan
-from lightning_moevlm.model.routers.random_bits import scramble
+from lightning_moevlm.model.routers.choices import check_top_k, draw_choices, even_plan
 from lightning_moevlm.model.routers.router import Router
 
 
@@ -49,6 +46,5 @@ class HashRouter(Router):
                 "HashRouter routes by token ids and patch codes, which this backbone does not provide: choose VLMoE, "
                 "LIMoE, MoMa or MoEDecoder, or a router that reads tokens, such as TopKRouter"
             )
-        expert_E = torch.arange(self.num_experts, device=inputs.identity_T.device)
-        draw_TE = scramble(inputs.identity_T.unsqueeze(-1) * self.num_experts + expert_E, self.seed)
-        return even_plan(inputs, draw_TE.topk(self.top_k, dim=-1).indices, self.num_experts)
+        expert_TK = draw_choices(inputs.identity_T, self.num_experts, self.top_k, self.seed)
+        return even_plan(inputs, expert_TK, self.num_experts)

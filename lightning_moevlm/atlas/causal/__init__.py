@@ -1,0 +1,1 @@
+"""What experts are needed for: routing plans changed in one layer, and the effect on each sample."""

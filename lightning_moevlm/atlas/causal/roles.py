@@ -1,0 +1,139 @@
+"""What each expert is needed for, and whether what it serves most needs it.
+
+    needed for a group     switched off, the loss of the group rises (Holm), and more than that of the other samples
+                           (Holm)
+    needed, not specific   the loss of the group rises, but not shown to rise more than elsewhere
+    not seen               no rise is shown: an expert may serve a group that another expert would serve as well
+    not tested             the probe has too few samples of the group
+
+An observation ("most of its patches show apples") and an intervention ("without it apples get worse") are two facts.
+Only the second says that the expert matters for apples.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from lightning_moevlm.atlas.causal.effects import LEAST, Effect, GroupEffect
+from lightning_moevlm.study.statistics.paired_tests import format_p
+
+
+class Need(StrEnum):
+    """The result of an expert's removal for a group."""
+
+    SPECIFIC = "needed for it"
+    GENERAL = "needed, not specific"
+    NOT_SEEN = "not seen"
+    NOT_TESTED = "not tested"
+
+
+class Expert(NamedTuple):
+    """An expert of a layer."""
+
+    layer: str
+    expert: int
+
+    def __str__(self) -> str:
+        return f"expert {self.expert} of {self.layer}"
+
+
+class Serves(NamedTuple):
+    """An observation: what an expert serves more often than chance."""
+
+    expert: Expert
+    group: str
+    lift: float
+    """Share of its choices that are of the group, over that of all choices."""
+
+
+@dataclass(frozen=True)
+class Role:
+    """The groups that an expert is needed for, the most specific need first."""
+
+    expert: Expert
+    overall: Effect | None
+    """On the loss of all samples; None if that group was not tested."""
+    needed_for: tuple[GroupEffect, ...]
+
+
+@dataclass(frozen=True)
+class TestedClaim:
+    """An observation beside the result of the expert's removal."""
+
+    serves: Serves
+    need: Need
+    effect: GroupEffect | None
+    sentence: str
+
+
+def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str, alpha: float = 0.05) -> tuple[Role, ...]:
+    """Return the roles of experts, those with the largest effect on all samples first.
+
+    Args:
+        effects: of switching each expert off, corrected over all of them.
+        every: name of the group of all samples.
+        alpha: error rate.
+    """
+    roles = [
+        Role(
+            expert,
+            next((each.loss for each in found if each.group == every), None),
+            tuple(
+                sorted(
+                    (each for each in found if judge(each, alpha) is Need.SPECIFIC),
+                    key=lambda each: -(each.more.mean if each.more is not None else 0.0),
+                )
+            ),
+        )
+        for expert, found in effects.items()
+    ]
+    return tuple(sorted(roles, key=lambda role: -(role.overall.mean if role.overall is not None else 0.0)))
+
+
+def judge(effect: GroupEffect | None, alpha: float = 0.05) -> Need:
+    """Return whether a group needs an expert, from the effect of its removal; None: the group was not tested."""
+    if effect is None:
+        return Need.NOT_TESTED
+    if not (effect.loss.mean > 0 and effect.loss.p_adjusted <= alpha):
+        return Need.NOT_SEEN
+    more = effect.more
+    return Need.SPECIFIC if more is not None and more.mean > 0 and more.p_adjusted <= alpha else Need.GENERAL
+
+
+def examine_claims(
+    observed: Iterable[Serves], effects: Mapping[Expert, Sequence[GroupEffect]], alpha: float = 0.05
+) -> tuple[TestedClaim, ...]:
+    """Return each observation with what the expert's removal says of it.
+
+    Args:
+        observed: what experts serve.
+        effects: of switching each expert off, corrected over all of them.
+        alpha: error rate.
+    """
+    claims = []
+    for serves in observed:
+        effect = next((each for each in effects.get(serves.expert, ()) if each.group == serves.group), None)
+        need = judge(effect, alpha)
+        claims.append(TestedClaim(serves, need, effect, _sentence(serves, need, effect, alpha)))
+    return tuple(claims)
+
+
+def _sentence(serves: Serves, need: Need, effect: GroupEffect | None, alpha: float) -> str:
+    name = str(serves.expert).capitalize()
+    says = f"{name} serves {serves.group} {serves.lift:.3g} times as often as chance"
+    if effect is None:
+        return f"{says}. Whether they need it was not tested: the probe has fewer than {LEAST} samples of them."
+    off = f"Without it their loss changes by {describe(effect.loss, alpha)}, {effect.loss.num_samples} samples"
+    if need is Need.NOT_SEEN:
+        return f"{says}, but its removal is not seen to hurt them. {off}."
+    others = "" if effect.elsewhere is None else f"; that of the others changes by {describe(effect.elsewhere, None)}"
+    verdict = "and they need it" if need is Need.SPECIFIC else "and they need it, but not shown more than others do"
+    return f"{says}, {verdict}. {off}{others}."
+
+
+def describe(effect: Effect, alpha: float | None) -> str:
+    """Return an effect with its interval, and with its corrected p if alpha is given."""
+    interval = "" if effect.interval is None else f" [{effect.interval.low:+.3g}, {effect.interval.high:+.3g}]"
+    p = "" if alpha is None else f", p = {format_p(effect.p_adjusted, alpha)}"
+    return f"{effect.mean:+.3g}{interval}{p}"
