@@ -36,6 +36,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data codebook DIR                          fit a patch codebook, for discrete image targets
   moevlm data answers DIR                           list the answers that a model of questions chooses from
   moevlm export CKPT --out DIR                      write a trained model as safetensors, for plain PyTorch
+  moevlm experts RUN                                show which expert serves what, and whether that is more than chance
   moevlm spikes RUN                                 explain spikes and crashes: what moved first, the samples, illnesses
   moevlm replay RUN --with KEY=VALUE                train the steps around an event again: what would have prevented it?
   moevlm sync [FOLDER]                              upload logs that runs kept locally while MLflow was unreachable
@@ -57,7 +58,7 @@ def main(args: Sequence[str] | None = None) -> int:
         Console().print(__version__, highlight=False)
         return 0
     if "torch" not in sys.modules:  # it reads the environment once
-        set_thread_defaults(os.environ, computes=arguments[0] in (*_TRAINING, "bench"))
+        set_thread_defaults(os.environ, computes=arguments[0] in (*_TRAINING, "bench", "experts"))
         keep_memory()
     try:
         with collect_rarely():

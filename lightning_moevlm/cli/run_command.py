@@ -10,7 +10,7 @@ from jsonargparse import ArgumentError, auto_cli
 from lightning_moevlm.cli import bench, compare, parts, sweep
 from lightning_moevlm.cli.data import commands as data
 from lightning_moevlm.cli.models import export
-from lightning_moevlm.cli.runs import replay, spikes, sync
+from lightning_moevlm.cli.runs import experts, replay, spikes, sync
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.messages.parse_errors import short_message
 
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "compare": compare.compare,
+    "experts": experts.experts,
     "export": export.export,
     "replay": replay.replay,
     "spikes": spikes.spikes,
@@ -54,6 +55,8 @@ def run_command(arguments: Sequence[str]) -> int:
         words = parts.expand_shorthand(words)
     if words[0] == "replay":
         words = replay.expand_shorthand(words)
+    if words[0] == "experts":
+        words = experts.expand_shorthand(words)
     if words[0] == "compare":
         words = compare.expand_shorthand(words)
     try:

@@ -12,7 +12,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
@@ -20,6 +20,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import flatten
 from lightning_moevlm.common.secret_masking import MASK
 from lightning_moevlm.common.yaml_text import read_yaml
+from lightning_moevlm.contracts.exported_model import is_exported
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
 from lightning_moevlm.tracking.read.runs import find_runs_anywhere
 from lightning_moevlm.tracking.record.config_files import names_config
@@ -66,6 +67,50 @@ class RecordedRun:
         """Folders of its checkpoints, those of the configuration included."""
         named = [value for key, value in flatten(self.resolved).items() if key.endswith(".dirpath") and value]
         return [self.folder / "checkpoints", *(Path(str(folder)) for folder in named)]
+
+
+class TrainedModel(NamedTuple):
+    """A checkpoint, and the run that it is of."""
+
+    checkpoint: Path
+    config: Path
+    """File with the whole configuration of its training."""
+    folder: Path | None
+    """Of the run; None if no run is known."""
+    store: str | None
+    """MLflow store that the run has logged to."""
+
+
+def find_trained_model(name: str, wanted: str, config: str | None, uri: str | None) -> TrainedModel:
+    """Return a checkpoint with its configuration.
+
+    Args:
+        name: id, name or folder of a run, or a checkpoint: a .ckpt file, or the folder of an exported model.
+        wanted: checkpoint of a run: last, best, or the name of a file; not used if `name` is one.
+        config: configuration of the training; None is that of the run.
+        uri: store of the run; None is that beside its folder, or the one in force.
+
+    Raises:
+        UserError: no such run or checkpoint, or a checkpoint of no known run without a configuration.
+    """
+    path = Path(name)
+    is_checkpoint = path.suffix == ".ckpt" or is_exported(path)
+    if is_checkpoint:
+        home = path.absolute().parent.parent
+        if not any(home.glob("config*/command.txt")):
+            if config is None:
+                raise UserError(
+                    f"{name} is in the folder of no run, so the configuration of its training is not known: give it, "
+                    "-c FILE"
+                )
+            return TrainedModel(path, Path(config), None, None)
+        run, store = _find(str(home), uri, "RUN")
+        checkpoint = path
+    else:
+        run, store = _find(name, uri, "RUN")
+        checkpoint = _checkpoint(run, wanted)
+    file = run.config / "config.yaml" if config is None else Path(config)
+    return TrainedModel(checkpoint, file, run.folder, store if _uses_run_logger(run.resolved) else None)
 
 
 def find_recorded_run(name: str, uri: str | None) -> tuple[RecordedRun, str]:

@@ -67,6 +67,12 @@ class CaptionTokenizer:
         to_model = self.control.to_model
         return ids if to_model is None else [to_model[id_] for id_ in ids if id_ in to_model]
 
+    def spans(self, text: str) -> list[tuple[int, int]]:
+        """Return where each of the text's `ids` stands: its first character, and the first after it."""
+        encoding, to_model = self._plain.encode(text, add_special_tokens=False), self.control.to_model
+        pairs = zip(encoding.ids, encoding.offsets, strict=True)
+        return [span for id_, span in pairs if to_model is None or id_ in to_model]
+
     def encode(self, texts: Sequence[str], max_text_len: int, answers: Sequence[str] = ()) -> EncodedText:
         """Encode texts to (B, max_text_len). A longer text loses its end and keeps its [EOS].
 

@@ -1,0 +1,1 @@
+"""The choices of experts for the tokens of a probe."""

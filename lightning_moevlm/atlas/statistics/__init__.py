@@ -1,0 +1,1 @@
+"""Is it more than chance: shares, lifts, information and its null models."""

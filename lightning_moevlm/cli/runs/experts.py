@@ -1,0 +1,100 @@
+"""`moevlm experts`: which expert serves what, and whether that is more than chance."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from lightning_moevlm.cli.output import show
+from lightning_moevlm.common.atomic_files import check_writable
+from lightning_moevlm.common.number_checks import check_number
+
+if TYPE_CHECKING:
+    from lightning_moevlm.configuration.run_option import TrainedModel
+    from lightning_moevlm.data.datamodule import ShardDataModule
+
+
+def experts(
+    run: str,
+    ckpt_path: str = "last",
+    config_file: str | None = None,
+    data: str | None = None,
+    split: Literal["train", "val", "test"] = "val",
+    samples: int = 512,
+    seed: int = 0,
+    draws: int = 999,
+    batch_size: int = 32,
+    out: str | None = None,
+    json: str | None = None,
+    tracking_uri: str | None = None,
+) -> None:
+    """Show which expert of a trained model serves what, and whether that is more than chance.
+
+    Args:
+        run: Name, id or folder of a run, a checkpoint (.ckpt), or the folder of an exported model.
+        ckpt_path: Checkpoint of the run: last, best, or the name of a file.
+        config_file: Configuration of the training, also -c; needed only for a checkpoint in the folder of no run.
+        data: Set that the samples are from; by default the data of the run.
+        split: Split that the samples are from.
+        samples: Samples of the probe.
+        seed: Seed of their choice and of the null models.
+        draws: Draws of each null model.
+        batch_size: Samples of a forward pass.
+        out: Folder to write; by default experts/ in the folder of the run, or beside the checkpoint.
+        json: Write one record per layer and label to this file as JSON instead of the table; - is standard output.
+        tracking_uri: MLflow store of the run; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
+    """
+    from lightning_moevlm.atlas.make_atlas import make_atlas
+    from lightning_moevlm.atlas.probe.probe_set import ProbeSet
+    from lightning_moevlm.configuration.resolver import load_run
+    from lightning_moevlm.configuration.run_option import find_trained_model
+
+    check_number("draws", draws, least=19)
+    check_number("batch_size", batch_size, least=1)
+    found = find_trained_model(run, ckpt_path, config_file, tracking_uri)
+    folder = _folder(found) if out is None else Path(out)
+    check_writable(folder, "out")
+    loaded = load_run(found.checkpoint, found.config)
+    probe = ProbeSet(_data(loaded.resolved["data"], data), split, samples, seed)
+    atlas = make_atlas(loaded.module.backbone, loaded.module.objective, probe, folder, draws, batch_size)
+    rows = atlas.rows()
+    show(_table(rows), rows, json)
+
+
+def expand_shorthand(words: Sequence[str]) -> list[str]:
+    """Return a command line in which -c stands for --config_file."""
+    full = []
+    for word in words:
+        name, equals, value = word.partition("=")
+        full.append(f"--config_file{equals}{value}" if name == "-c" else word)
+    return full
+
+
+def _folder(found: "TrainedModel") -> Path:
+    if found.folder is not None:
+        return found.folder / "experts"
+    return found.checkpoint.with_name(f"{found.checkpoint.stem}-experts")
+
+
+def _data(resolved: dict[str, Any], root: str | None) -> "ShardDataModule":
+    """Return the data of a run; root: another set in their place, of which images and texts alone are read."""
+    from lightning_moevlm.configuration.resolver import build_data
+
+    if root is None:
+        return build_data(resolved)
+    others = {"sources": None, "urls": None, "annotation": None, "append_answer": None, "second_image": None}
+    return build_data({**resolved, **others, "root": root})
+
+
+def _table(rows: Sequence[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="What the experts have to do with each label")
+    for column in ("layer", "label", "NMI", "by chance", "p", "experts"):
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        p = row["p"]
+        table.add_row(
+            row["layer"], row["title"], f"{row['nmi']:.3f}", f"{row['nmi_by_chance']:.3f}",
+            "< 0.0001" if p < 1e-4 else f"{p:.4f}", f"{row['specialised']} of {row['experts']}",
+        )  # fmt: skip
+    return table

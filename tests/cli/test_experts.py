@@ -1,0 +1,63 @@
+"""`moevlm experts` on a real run: by name, folder and checkpoint, and refusals in a line."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_moevlm.cli.main import main
+from tests.conftest import furnish
+from tests.small_run import SMALL, budget
+
+QUICK = ("--samples=40", "--draws=19")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> tuple[Path, Path]:
+    """A workplace and the folder of a run in it."""
+    workplace = tmp_path_factory.mktemp("observed")
+    furnish(workplace, scenes_root, migrated_database)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workplace)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main(["fit", *SMALL, *budget(2), "--trainer.logger.init_args.run_name=observed"]) == 0
+    (checkpoint,) = workplace.glob("runs/*/*/checkpoints/last.ckpt")
+    return workplace, checkpoint.parent.parent
+
+
+@pytest.fixture
+def run(trained: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(trained[0])
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return trained[1]
+
+
+def records(*arguments: str) -> list[dict[str, Any]]:
+    assert main(["experts", *arguments, *QUICK, "--json=found.json"]) == 0
+    found: list[dict[str, Any]] = json.loads(Path("found.json").read_text())
+    return found
+
+
+def test_a_run_by_name_and_a_lonely_checkpoint_agree(run: Path, tmp_path: Path) -> None:
+    by_name = records("observed", "--split=train")
+    assert {each["layer"] for each in by_name} == {"blocks.1.ffn.image", "blocks.1.ffn.text"}
+    assert {"image/category", "text/word"} <= {each["label"] for each in by_name}
+    assert (run / "experts/choices.safetensors").is_file()
+    lonely = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lonely.ckpt")
+    config = str(run / "config/config.yaml")
+    assert records(str(lonely), "-c", config, "--split=train") == by_name
+    assert (tmp_path / "lonely-experts/choices.safetensors").is_file()
+
+
+def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lonely = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lonely.ckpt")
+    for arguments, told in (
+        ([str(lonely)], "in the folder of no run"),
+        (["observed", "--ckpt_path=first.ckpt"], "no checkpoint at first.ckpt"),
+        (["observed", "--samples=0"], "samples is 0"),
+        (["observed", "--data=nowhere"], "no set of shards in nowhere"),
+    ):
+        assert main(["experts", *arguments]) == 2
+        assert told in " ".join(capfd.readouterr().err.split())
