@@ -81,18 +81,21 @@ def score_samples(
     sources: list[str] = []
     for batch in batches:
         for part in _by_source(batch):
-            if not objective.can_use(part):
-                continue
             keys.extend(part.keys)
             sources.extend(part.sources or [""] * part.num_samples)
+            if not objective.can_use(part):
+                for name in (None, *changes):
+                    kept[name].append(SampleScores(np.full(part.num_samples, np.nan), {}, {}))
+                continue
             kept[None].append(_rows(objective(backbone, part, draws), part))
             for name, change in changes.items():
                 kept[name].append(_rows(_run(objective, backbone, part, draws, change), part))
-    if not keys:
-        raise UserError(f"{type(objective).__name__} can use no sample of this set: choose one that it is trained on")
     joined = {name: _join(rows) for name, rows in kept.items()}
-    if np.isnan(joined[None].loss_N).all():
-        raise UserError(f"{type(objective).__name__} gives no losses of single samples (`of_samples` of its output)")
+    if not keys or not joined[None].of_terms:
+        raise UserError(
+            f"{type(objective).__name__} gives no losses of these samples: choose samples that it is trained on; an "
+            "objective of your own sets `of_samples` of its output"
+        )
     unchanged = joined.pop(None)
     return ScoredSamples(
         tuple(keys), tuple(sources), unchanged, {name: each for name, each in joined.items() if name is not None}

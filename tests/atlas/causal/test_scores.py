@@ -18,7 +18,7 @@ from lightning_moevlm.model.objectives import Draws, MaskedModelling, Objective
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.model.routers.choices import even_plan
 from tests.small_model import pair_batch, small_limoe
-from tests.training.grid import OBJECTIVES, PAIRS, build
+from tests.training.grid import IMAGES, OBJECTIVES, PAIRS, build
 from tests.training.small_fit import NoTask
 
 DRAWS = Draws(3)
@@ -56,6 +56,14 @@ def test_a_sample_scores_alone_as_in_its_batch() -> None:
     np.testing.assert_allclose(together.changed["off"].loss_N, apart.changed["off"].loss_N, rtol=1e-5)
     assert np.array_equal(together.changed["other"].loss_N, together.unchanged.loss_N), "its own choices"
     assert together.unchanged.right.keys() == {"text", "pair_text"}
+
+
+def test_samples_that_the_objective_cannot_use_have_no_score() -> None:
+    module = build("LIMoE", OBJECTIVES["NextToken"].objective).eval()
+    scored = score_samples(module.objective, module.backbone, [IMAGES, PAIRS], DRAWS, {})
+    assert scored.keys == IMAGES.keys + PAIRS.keys
+    assert np.isnan(scored.unchanged.loss_N[:8]).all() and np.isfinite(scored.unchanged.loss_N[8:]).all()
+    assert np.isnan(scored.unchanged.right["caption"][:8]).all()
 
 
 class Planted(Router):
@@ -117,7 +125,7 @@ def test_a_planted_specialist_is_needed_for_its_category_alone() -> None:
 
 def test_objectives_without_losses_of_samples_are_refused() -> None:
     backbone = small_limoe().eval()
-    with pytest.raises(UserError, match="NoTask gives no losses of single samples"):
+    with pytest.raises(UserError, match="NoTask gives no losses of these samples"):
         score_samples(NoTask(backbone.spec).eval(), backbone, [pair_batch()], DRAWS, {})
 
 
