@@ -1,10 +1,8 @@
 """Starts training from the weights of another run: whole, by parts, or a dense model's in a mixture of experts.
 
-Sparse upcycling (arXiv 2212.05055, section 3): every expert starts as a copy of the dense feed-forward in its place, or
-of the only expert there (MoMa, arXiv 2407.21770, section 2.5), and routers start anew. The optimiser's state may come
-along (`init_optimizer.py`). Drop-Upcycling (2502.19261,
-section 3.2): in each expert a share of the hidden units, drawn for it alone, starts from normal numbers of the mean and
-standard deviation of the units that they replace.
+Upcycling (`model/experts/upcycle.py`): every expert starts as a copy of the dense feed-forward in its place, or of the
+only expert there (MoMa, arXiv 2407.21770, section 2.5), and routers start anew. The optimiser's state may come along
+(`init_optimizer.py`).
 """
 
 from collections import Counter
@@ -19,42 +17,17 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
-from lightning_moevlm.model.initial_weights import derive_seed
+from lightning_moevlm.model.experts.upcycle import Upcycle, make_experts
 from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.tracking import RunLogger
 from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
 from lightning_moevlm.training.optim.named_parts import is_in, refuse_unknown_part
 
 _DENSE_OF = {"experts.gate_EDF": "gate.weight", "experts.up_EDF": "up.weight", "experts.down_EFD": "down.weight"}
-_HIDDEN_AXIS = {"experts.gate_EDF": 2, "experts.up_EDF": 2, "experts.down_EFD": 1}
+_HIDDEN_AXIS = {"experts.gate_EDF": 1, "experts.up_EDF": 1, "experts.down_EFD": 0}  # of the dense matrix
 _GROUP_DEPTH = 2  # parts of a name that the report groups by, such as backbone.blocks
-
-
-@dataclass(frozen=True)
-class Upcycle:
-    """How experts start from a dense feed-forward.
-
-    Args:
-        noise: standard deviation of what is added to each expert, over that of the dense matrix; 0 leaves copies alike
-            until routing tells them apart.
-        reinitialised: share of each expert's hidden units that start anew (Drop-Upcycling uses 0.5).
-        seed: of both.
-
-    Raises:
-        UserError: a number out of range.
-    """
-
-    noise: float = 0.0
-    reinitialised: float = 0.0
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        check_number("upcycle.noise", self.noise, least=0)
-        check_number("upcycle.reinitialised", self.reinitialised, least=0, most=1)
 
 
 @dataclass(frozen=True)
@@ -114,14 +87,20 @@ def start_from(module: LightningModule, options: InitFrom) -> Loaded:
     table = loaded.describe()
     rank_zero_info(f"initial weights from {options.checkpoint} (tensors):\n{table}")
     differences = measure_upcycling(module, loaded)
-    if differences:
-        worst = max(differences.values())
-        rank_zero_info(f"{len(differences)} upcycled mixtures differ from their dense start by at most {worst:.2g}")
     names = [f"{kind} {name}" for kind, each in loaded._asdict().items() for name in each]
     receipt = [f"{path} differs from its dense start by {value:.3g}" for path, value in differences.items()]
     text = "\n".join([options.checkpoint, "", table, "", *receipt, "", *names]) + "\n"
     log_text(module, "init_from.txt", text)
     return loaded
+
+
+def report_upcycling(module: LightningModule) -> None:
+    """Print the largest difference of upcycled mixtures to their dense starts, if there are any."""
+    layers = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
+    differences = [layer.start_difference for layer in layers if layer.start_difference is not None]
+    if differences:
+        worst = max(differences)
+        rank_zero_info(f"{len(differences)} upcycled mixtures differ from their dense start by at most {worst:.2g}")
 
 
 def log_text(module: LightningModule, file: str, text: str) -> None:
@@ -209,28 +188,10 @@ def _find_dense(name: str, there: Mapping[str, Tensor]) -> str:
 
 
 def _make_experts(name: str, dense: Tensor, num_experts: int, options: Upcycle) -> Tensor:
-    """Return the stack of experts that starts from a dense matrix, in fp32; up and down draw the same units."""
+    """Return the stack of experts that starts from a dense matrix, in fp32."""
     stack = next(stack for stack in _DENSE_OF if name.endswith(f".{stack}"))
-    matrix = dense.float()[0] if dense.ndim == 3 else dense.float().T  # (D, F) or (F, D), as experts hold theirs
-    experts = matrix.expand(num_experts, *matrix.shape).clone()
-    layer = name.removesuffix(f".{stack}")
-    if options.noise:
-        generator = torch.Generator().manual_seed(derive_seed(options.seed, "noise", name))
-        experts += options.noise * matrix.std() * torch.randn(experts.shape, generator=generator)
-    num_new = round(options.reinitialised * experts.shape[_HIDDEN_AXIS[stack]])
-    if num_new:
-        for index, expert in enumerate(experts):
-            units = _draw_units(options.seed, layer, index, experts.shape[_HIDDEN_AXIS[stack]], num_new)
-            values = torch.Generator().manual_seed(derive_seed(options.seed, "values", name, index))
-            replaced = expert.index_select(_HIDDEN_AXIS[stack] - 1, units)
-            fresh = replaced.mean() + replaced.std() * torch.randn(replaced.shape, generator=values)
-            expert.index_copy_(_HIDDEN_AXIS[stack] - 1, units, fresh)
-    return experts
-
-
-def _draw_units(seed: int, layer: str, expert: int, num_units: int, num_drawn: int) -> Tensor:
-    generator = torch.Generator().manual_seed(derive_seed(seed, "units", layer, expert))
-    return torch.randperm(num_units, generator=generator)[:num_drawn]
+    matrix = dense[0] if dense.ndim == 3 else dense.T  # (D, F) or (F, D), as experts hold theirs
+    return make_experts(matrix, num_experts, _HIDDEN_AXIS[stack], options, name.removesuffix(f".{stack}"), stack)
 
 
 def _group(name: str) -> str:
@@ -255,5 +216,5 @@ def measure_upcycling(module: nn.Module, loaded: Loaded, num_tokens: int = 64) -
         first = tuple(stack[0] for stack in layer.experts.stacks())
         alone_TD = layer.experts.run(tokens_TD, first, torch.matmul)
         layer.train(was_training)
-        found[path] = float((mixed_TD - alone_TD).abs().max() / alone_TD.abs().max())
+        found[path] = layer.start_difference = float((mixed_TD - alone_TD).abs().max() / alone_TD.abs().max())
     return found

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.training.checkpoints.checkpoint_file import read_checkpoint
-from lightning_moevlm.training.checkpoints.init_from import InitFrom, Loaded, log_text, start_from
+from lightning_moevlm.training.checkpoints.init_from import InitFrom, Loaded, log_text, report_upcycling, start_from
 from lightning_moevlm.training.checkpoints.optimizer_state import TrialState, name_states, try_state
 from lightning_moevlm.training.optim import parameter_names
 
@@ -51,8 +51,11 @@ class StartFrom(Callback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Set the weights, unless the run is resumed."""
-        if stage == "fit" and self._options is not None and trainer.ckpt_path is None:
+        if stage != "fit" or trainer.ckpt_path is not None:
+            return
+        if self._options is not None:
             self._loaded = start_from(pl_module, self._options)
+        report_upcycling(pl_module)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Set the optimiser's state; print a line, and log every name as init_from_optimizer.txt."""

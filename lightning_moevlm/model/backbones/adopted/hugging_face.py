@@ -1,4 +1,4 @@
-"""Any mixture-of-experts model of Hugging Face transformers, with its routing as plans.
+"""Any mixture-of-experts model of Hugging Face transformers, or any dense one upcycled, with its routing as plans.
 
     [image tokens] [text tokens] -> the model without its head -> features -> its own head
 
@@ -6,7 +6,6 @@ Sequences are made of images of one size and of token ids, as for every backbone
 text. Chat templates and the special tokens of a checkpoint's processor are not added.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
@@ -27,6 +26,9 @@ from lightning_moevlm.model.backbones.adopted.routing.current_pass import Curren
 from lightning_moevlm.model.backbones.adopted.run_again import WholeTexts
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
+from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
+from lightning_moevlm.model.backbones.adopted.upcycling.dense import block_of
+from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense, dense_again, upcycle_dense
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.past import Past
 from lightning_moevlm.model.layers import check_causal, count_parameters
@@ -51,6 +53,7 @@ class HuggingFaceModel(Backbone):
         bias_rate: u of loss-free balancing by the model's own e_score_correction_bias, 1e-3 in the papers; null leaves
             the bias as it is, as transformers does.
         frozen: parts that are not trained: vision, connector, language, routers, all_but_routers.
+        upcycle: makes experts of the feed-forwards of a dense model; null takes a model that has experts.
         lora: trains adapters and, by default, routers, and nothing else; null trains everything that is not frozen.
         gradient_checkpointing: layers run again in the backward pass, which needs less memory.
         local_files_only: never fetch; false fetches `path` from the hub.
@@ -77,6 +80,7 @@ class HuggingFaceModel(Backbone):
         experts_backend: ExpertsBackend | None = None,
         router: Callable[[int, int], Router] | None = None,
         bias_rate: float | None = None,
+        upcycle: UpcycleDense | None = None,
         frozen: tuple[Part, ...] = (),
         lora: LoRA | None = None,
         gradient_checkpointing: bool = False,
@@ -100,7 +104,11 @@ class HuggingFaceModel(Backbone):
         dim, ids = self.text_config.hidden_size, self.text_config.vocab_size
         self.spec = BackboneSpec(dim, image_size, patch_size, ids, max_text_len, predicts_text=True)
         self.current = CurrentPass()
-        layers = adopt(self.model, self.current, router, bias_rate)
+        layers: Mapping[str, AdoptedMoE | UpcycledMoE] = (
+            adopt(self.model, self.current, router, bias_rate)
+            if upcycle is None
+            else upcycle_dense(self.model, self.current, upcycle, router, bias_rate)
+        )
         for place, layer in layers.items():
             layer.path = f"model.{place}"
         if gradient_checkpointing:
@@ -112,15 +120,22 @@ class HuggingFaceModel(Backbone):
         check_causal(self)
 
     def draw_weights(self, seed: int) -> None:
-        """Draw the weights of a model that was not loaded; see `initialise`."""
-        if not self._is_loaded and not self.text_embedding_VD.is_meta:
-            with as_before(self.model):  # so that a replaced router moves no other weight
+        """Draw the weights of a model that was not loaded, and start what was upcycled; see `initialise`."""
+        if self.text_embedding_VD.is_meta:
+            return
+        if not self._is_loaded:
+            with as_before(self.model), dense_again(self.model):  # so that a replaced part moves no other weight
                 draw(self.model, seed)
+        for layer in self.layers:
+            if isinstance(layer, UpcycledMoE):
+                layer.start(seed)
+                if self._is_loaded:  # its weights will not be drawn again
+                    layer.forget_dense()
 
     @property
-    def layers(self) -> list[AdoptedMoE]:
+    def layers(self) -> list[AdoptedMoE | UpcycledMoE]:
         """The mixtures, in the order of the model."""
-        return [module for module in self.model.modules() if isinstance(module, AdoptedMoE)]
+        return [module for module in self.model.modules() if isinstance(module, AdoptedMoE | UpcycledMoE)]
 
     @property
     def text_embedding_VD(self) -> Tensor:
@@ -193,7 +208,9 @@ class HuggingFaceModel(Backbone):
         present = tuple(dict.fromkeys(span.modality for span in layout.spans))
         with self.current.open(Tokens(modality_BS, layout.valid_BS, present)) as recorded:
             features_BSD = body(**inputs, **seen).last_hidden_state
-            plans = tuple(NamedPlan(source, _block(one.layer), one.layer, one.modalities, one.plan) for one in recorded)
+            plans = tuple(
+                NamedPlan(source, block_of(one.layer) or 0, one.layer, one.modalities, one.plan) for one in recorded
+            )
         return BackboneOutput(features_BSD, layout, plans)
 
     def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
@@ -232,11 +249,5 @@ class HuggingFaceModel(Backbone):
         """Return how many plans `forward` makes: one of every mixture that gets tokens."""
         return len(self._reached(modalities))
 
-    def _reached(self, modalities: Collection[Modality]) -> list[AdoptedMoE]:
+    def _reached(self, modalities: Collection[Modality]) -> list[AdoptedMoE | UpcycledMoE]:
         return [layer for layer in self.layers if layer.modality is None or layer.modality in modalities]
-
-
-def _block(path: str) -> int:
-    """Return the first number in a path: the index of the transformer block."""
-    found = re.search(r"\.(\d+)\.", path)
-    return int(found.group(1)) if found else 0

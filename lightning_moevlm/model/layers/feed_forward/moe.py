@@ -82,6 +82,7 @@ class MoEFFN(FeedForward):
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
         self.shared_hidden_norm: nn.Module | None = None
         self.path = ""  # in the backbone, see name_layers
+        self.start_difference: float | None = None  # to the dense layer that it was made of, over its largest output
 
     def add_hidden_norm(self, kind: NormKind) -> None:
         """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
@@ -94,22 +95,20 @@ class MoEFFN(FeedForward):
         batch, length, dim = tokens_BSD.shape
         tokens_TD = tokens_BSD.reshape(batch * length, dim)
         modality_T = layout.modality_S.expand(batch, length).reshape(-1)
-        with region(self.precision, "router", tokens_TD.device.type) as cast:
-            inputs = RoutingInput(
-                cast(tokens_TD),
-                modality_T,
-                layout.valid_BS.reshape(-1),
-                batch,
-                None if layout.identity_BS is None else layout.identity_BS.reshape(-1),
-            )
-            if self.choose is not None and self.training:
-                inputs = inputs._replace(expert_TK=self.choose(inputs))
-            plan: RoutingPlan = self.router(inputs)
-        if isinstance(plan, PairPlan):  # slots are never over a capacity
-            plan = self._limit(plan)
+        identity_T = None if layout.identity_BS is None else layout.identity_BS.reshape(-1)
+        plan = self.route(RoutingInput(tokens_TD, modality_T, layout.valid_BS.reshape(-1), batch, identity_T))
         out_TD = self._compute(plan, tokens_TD)
         modalities = tuple(dict.fromkeys(span.modality for span in layout.spans))
         return FFNOutput(out_TD.reshape(batch, length, dim), (RoutedPlan(self.path, modalities, plan),))
+
+    def route(self, inputs: RoutingInput) -> RoutingPlan:
+        """Return the plan of the tokens, within the capacity."""
+        with region(self.precision, "router", inputs.tokens_TD.device.type) as cast:
+            inputs = inputs._replace(tokens_TD=cast(inputs.tokens_TD))
+            if self.choose is not None and self.training:
+                inputs = inputs._replace(expert_TK=self.choose(inputs))
+            plan: RoutingPlan = self.router(inputs)
+        return self._limit(plan) if isinstance(plan, PairPlan) else plan  # slots are never over a capacity
 
     def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
         """Router plus the experts that run, of one sequence; nothing is counted as dropped.

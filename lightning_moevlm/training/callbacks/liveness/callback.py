@@ -21,7 +21,7 @@ from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.action_proofs import ActionProofs
 from lightning_moevlm.training.callbacks.liveness.balance_share import balance_share
 from lightning_moevlm.training.callbacks.liveness.gradient_proofs import ActivityCounter, gradient_receipts
-from lightning_moevlm.training.callbacks.liveness.init_proofs import init_receipts
+from lightning_moevlm.training.callbacks.liveness.init_proofs import init_receipts, upcycling_receipts
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import loss_receipts
 from lightning_moevlm.training.callbacks.liveness.precision_proofs import precision_receipts
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Verdict
@@ -98,6 +98,7 @@ class Liveness(Callback):
             *routing_receipts(rehearsal),
             *trunk_receipts(rehearsal),
             *init_receipts(pl_module, is_fresh=trainer.global_step == 0),
+            *upcycling_receipts(pl_module, is_fresh=trainer.global_step == 0),
             *gradient_receipts(trainer, pl_module, self._acts.read()),
             *self._actions.receipts(rehearsal, trainer),
             *precision_receipts(rehearsal, trainer),

@@ -1,7 +1,8 @@
-"""Proof of a switch of the initial weights: their width is the one with the switch, not the one without.
+"""Proof of a switch of the initial weights.
 
-    depth, init_scheme, init_scale   the measured standard deviation of a matrix, against that of the blocks' scheme
-                                     with the switch and without it (model/layers/init_scheme.py)
+    depth, init_scheme, init_scale   the measured standard deviation of a matrix is that of the blocks' scheme with the
+                                     switch, not the one without it (model/layers/init_scheme.py)
+    upcycle                          mixtures were compared with the dense feed-forwards that they were made of
 
 Only a fresh model can be asked, because training moves the weights.
 """
@@ -13,7 +14,7 @@ from dataclasses import replace
 from torch import nn
 
 from lightning_moevlm.model.initial_weights import InitialScale, initial_scales
-from lightning_moevlm.model.layers import Block, ModelStabilisers
+from lightning_moevlm.model.layers import Block, ModelStabilisers, MoEFFN
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.trunk_proofs import stabilisers_of
@@ -35,6 +36,19 @@ def init_receipts(module: VisionLanguageModule, is_fresh: bool) -> list[Receipt]
     if switches.init_scale != plain.init_scale:
         off["init_scale"] = replace(switches, init_scale=plain.init_scale)
     return [_receipt(module, Switch(f"stabilisers.{name}", "trunk"), other) for name, other in off.items()]
+
+
+def upcycling_receipts(module: VisionLanguageModule, is_fresh: bool) -> list[Receipt]:
+    """Return the receipt of upcycling: the largest difference to a dense start; empty once training has moved it."""
+    layers = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
+    found = [layer.start_difference for layer in layers if layer.start_difference is not None]
+    if not found or not is_fresh:
+        return []
+    switch, worst = Switch("upcycle", "trunk"), max(found, key=lambda each: (math.isnan(each), each))
+    evidence = (
+        f"{len(found)} of {len(layers)} mixtures differ from their dense start by at most {worst:.2g} of its output"
+    )
+    return [switch.is_("alive" if math.isfinite(worst) else "unproven", evidence, worst)]
 
 
 def _receipt(module: VisionLanguageModule, switch: Switch, off: ModelStabilisers) -> Receipt:

@@ -50,7 +50,7 @@ def adopt(
     if not seams:
         raise UserError(
             f"{type(model).__name__} has no router beside experts: name a mixture-of-experts model, such as "
-            "Qwen3-VL-MoE or OLMoE"
+            "Qwen3-VL-MoE or OLMoE, or set model.backbone.upcycle to make experts of its feed-forwards"
         )
     layers: dict[str, AdoptedMoE] = {}
     for seam in seams:

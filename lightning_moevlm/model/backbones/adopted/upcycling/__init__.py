@@ -1,0 +1,1 @@
+"""Dense feed-forwards of transformers models as mixtures of ours."""
