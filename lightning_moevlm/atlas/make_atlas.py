@@ -1,5 +1,6 @@
 """Makes the atlas of a model: one pass over the probe, then the statistics of every layer and label."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Atlas:
     tagger: str | None
     layers: tuple[TracedLayer, ...]
     labels: tuple[Label, ...]
+    names: Mapping[str, tuple[str, ...]]
+    """Values of each label, by their code in the trace."""
     results: tuple[LabelOfLayer, ...]
 
     def rows(self) -> list[dict[str, Any]]:
@@ -101,4 +104,5 @@ def make_atlas(
         LabelOfLayer(layer, result, tuple(adjusted[f"{number}/{expert}"] or 0.0 for expert in range(layer.num_experts)))
         for number, (layer, result) in enumerate(found)
     )
-    return Atlas(probe.record, None if tagger is None else tagger.name, trace.layers, labels, results)
+    names = {label.name: reader.values[label.name].names for label in labels}
+    return Atlas(probe.record, None if tagger is None else tagger.name, trace.layers, labels, names, results)

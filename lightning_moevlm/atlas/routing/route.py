@@ -69,7 +69,7 @@ def route(
     backbone.eval()
     try:
         for each in probe.batches(batch_size):
-            moved = _to(each.batch, device)
+            moved = move_batch(each.batch, device)
             plans = encode(backbone, objective, moved)
             if not plans:
                 raise UserError(
@@ -168,10 +168,12 @@ def _passes(objective: Objective, batch: Batch) -> set[str]:
     return {source.rpartition("/")[2] for source in size.passes}
 
 
-def _to(batch: Batch, device: torch.device) -> Batch:
+def move_batch(batch: Batch, device: torch.device) -> Batch:
     """Return a batch whose images and texts are on a device."""
+    images, second = batch.images_BRYX, batch.second_images_BRYX
     return batch._replace(
-        images_BRYX=None if batch.images_BRYX is None else batch.images_BRYX.to(device),
+        images_BRYX=None if images is None else images.to(device),
         text_BL=None if batch.text_BL is None else batch.text_BL.to(device),
         text_mask_BL=None if batch.text_mask_BL is None else batch.text_mask_BL.to(device),
+        second_images_BRYX=None if second is None else second.to(device),
     )

@@ -137,13 +137,17 @@ class Trace:
         self.sources: tuple[str, ...] = tuple(json.loads(about["sources"]))
         self.num_samples, self.length = header["unit/positions"]["shape"]
 
+    def source_numbers(self) -> NDArray[np.int16]:
+        """Return the number of the set of each sample, (N)."""
+        return self._read("source", slice(0, self.num_samples))
+
     def labels(self) -> tuple[Label, ...]:
         """Return the labels, in their order."""
         return tuple(label for name, label in BY_NAME.items() if f"label/{name}" in self._tensors)
 
     def blocks(self, size: int) -> Iterator[slice]:
         """Yield consecutive rows of one source each, at most `size` of them."""
-        source_N = self._read("source", slice(0, self.num_samples))
+        source_N = self.source_numbers()
         edges = [0, *(np.flatnonzero(np.diff(source_N)) + 1).tolist(), self.num_samples]
         for first, last in itertools.pairwise(edges):
             for start in range(first, last, size):
