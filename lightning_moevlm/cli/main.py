@@ -29,7 +29,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data build scenes|openmoji                 draw a demo set and write it as WebDataset shards
   moevlm data convert KIND INPUT                    make a set of your own: csv, jsonl, img2dataset, coco_captions,
                                                     karpathy, coco_vqa, gqa, okvqa, textvqa, nlvr2,
-                                                    questions, statements
+                                                    llava, questions, statements
   moevlm data index URLS --out DIR                  list tars where they are, so that reading them is exact
   moevlm data check DIR                             verify a set and print its card
   moevlm data show DIR                              write samples as a page to browse

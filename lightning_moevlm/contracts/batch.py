@@ -1,11 +1,71 @@
-"""One batch of image-text pairs, the input of every model."""
+"""One batch of image-text pairs, the input of every model, and conversations that another model's processor made."""
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from lightning_moevlm.contracts.routing_plan import Modality
+
+PADDING = 0
+"""The id after the end of a shorter sequence; no model looks at it."""
+
+
+class Chat(NamedTuple):
+    """One conversation.
+
+    ids_S: int64 token ids of the model; each image is a row of placeholders.
+    modality_S: int64, `Modality` values.
+    answer_S: bool, True on tokens of answers, the end of each answer included.
+    images: arguments of the model's forward pass, by name; those of several samples are joined at their first axis.
+    """
+
+    ids_S: Tensor
+    modality_S: Tensor
+    answer_S: Tensor
+    images: Mapping[str, Tensor]
+
+    def prompt(self) -> "Chat":
+        """Return what stands before the first answer."""
+        is_before_S = self.answer_S.cumsum(0) == 0
+        return Chat(self.ids_S[is_before_S], self.modality_S[is_before_S], self.answer_S[is_before_S], self.images)
+
+    def reply(self, ids: Sequence[int]) -> "Chat":
+        """Return the conversation with tokens of an answer after it."""
+        added_N = torch.tensor(ids, dtype=torch.int64, device=self.ids_S.device)
+        return Chat(
+            torch.cat([self.ids_S, added_N]),
+            torch.cat([self.modality_S, torch.full_like(added_N, int(Modality.TEXT))]),
+            torch.cat([self.answer_S, torch.ones_like(added_N, dtype=torch.bool)]),
+            self.images,
+        )
+
+    def without_images(self) -> "Chat":
+        """Return the conversation without what was made of images; their placeholders stay."""
+        return self._replace(images={})
+
+
+class JoinedChats(NamedTuple):
+    """Conversations of a batch, padded at their ends.
+
+    ids_BS, modality_BS, answer_BS: as in `Chat`.
+    valid_BS: bool, False on padding.
+    images: as in `Chat`, of all conversations.
+    """
+
+    ids_BS: Tensor
+    modality_BS: Tensor
+    answer_BS: Tensor
+    valid_BS: Tensor
+    images: dict[str, Tensor]
+
+    @property
+    def length_B(self) -> Tensor:
+        """Tokens of each conversation, int64."""
+        return self.valid_BS.sum(dim=1)
 
 
 class Answers(NamedTuple):
@@ -72,6 +132,8 @@ class Batch(NamedTuple):
         read.
     further_captions: of the images of pairs, for the metrics of an evaluation; None in training, and if no sample has
         several captions.
+    chats: of the texts, one each, for a model with a processor of its own (`data.chat`); None without one. Images and
+        texts above are then for metrics alone.
     """
 
     images_BRYX: Tensor | None
@@ -85,6 +147,7 @@ class Batch(NamedTuple):
     answers: Answers | None = None
     second_images_BRYX: Tensor | None = None
     further_captions: FurtherCaptions | None = None
+    chats: tuple[Chat, ...] | None = None
 
     @property
     def num_samples(self) -> int:
@@ -130,6 +193,7 @@ class Batch(NamedTuple):
             answers=None if self.answers is None else self.answers.select(range(num_samples)),
             second_images_BRYX=_take(self.second_images_BRYX, images),
             further_captions=None if self.further_captions is None else self.further_captions.select(range(pairs)),
+            chats=None if self.chats is None else self.chats[texts],
         )
 
     def select(self, rows: Sequence[int]) -> "Batch":
@@ -147,15 +211,16 @@ class Batch(NamedTuple):
             answers=None if self.answers is None else self.answers.select(rows),
             second_images_BRYX=_take(self.second_images_BRYX, images),
             further_captions=None if self.further_captions is None else self.further_captions.select(rows),
+            chats=None if self.chats is None else tuple(self.chats[row] for row in texts),
         )
 
     def each_caption(self) -> "Batch":
         """Return the batch with each further caption as a pair of its own, with a copy of its image, after the others.
 
-        Of a batch that holds pairs alone.
+        Of a batch that holds pairs alone. Conversations are about first captions; with them the batch stays as it is.
         """
         further = self.further_captions
-        if further is None:
+        if further is None or self.chats is not None:
             return self
         assert self.text_BL is not None and self.text_mask_BL is not None and self.pairs == self.num_samples
         repeated = self._replace(further_captions=None).select([*range(self.pairs), *further.pairs])
@@ -174,7 +239,8 @@ class Batch(NamedTuple):
         first, second = (
             None if images is None else images.to("meta") for images in (self.images_BRYX, self.second_images_BRYX)
         )
-        return self._replace(images_BRYX=first, second_images_BRYX=second, step=None)
+        chats = None if self.chats is None else tuple(chat.without_images() for chat in self.chats)
+        return self._replace(images_BRYX=first, second_images_BRYX=second, chats=chats, step=None)
 
 
 def _take(tensor_BX: Tensor | None, rows: slice | list[int]) -> Tensor | None:
@@ -193,3 +259,36 @@ class WholeStep:
 
     def __init__(self, batches: tuple[Batch, ...]) -> None:
         self.batches = batches
+
+
+def join_chats(chats: Sequence[Chat]) -> JoinedChats:
+    """Pad conversations to the longest, and join their images.
+
+    Images of other shapes are padded with zeros behind their first axis, as processors pad a batch.
+    """
+    pad = torch.nn.utils.rnn.pad_sequence
+    ids_BS = pad([chat.ids_S for chat in chats], batch_first=True, padding_value=PADDING)
+    return JoinedChats(
+        ids_BS,
+        pad([chat.modality_S for chat in chats], batch_first=True, padding_value=float(Modality.TEXT)),
+        pad([chat.answer_S for chat in chats], batch_first=True),
+        pad([torch.ones_like(chat.ids_S, dtype=torch.bool) for chat in chats], batch_first=True),
+        _join_images([chat.images for chat in chats if chat.images]),
+    )
+
+
+def _join_images(made: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    joined: dict[str, Tensor] = {}
+    for name in made[0] if made else ():
+        each = [images[name] for images in made]
+        sizes = [max(axis) for axis in zip(*(values.shape[1:] for values in each), strict=True)]
+        joined[name] = torch.cat([_grow(values, sizes) for values in each])
+    return joined
+
+
+def _grow(values: Tensor, sizes: Sequence[int]) -> Tensor:
+    """Return values with zeros behind the end of every axis but the first, up to these sizes."""
+    missing = [size - length for size, length in zip(sizes, values.shape[1:], strict=True)]
+    if not any(missing):
+        return values
+    return F.pad(values, [amount for each in reversed(missing) for amount in (0, each)])

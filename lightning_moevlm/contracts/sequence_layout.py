@@ -19,11 +19,12 @@ class Span(NamedTuple):
 class Layout(NamedTuple):
     """Spans of the modalities in a sequence, and its real positions.
 
-    spans: in order and without gaps.
+    spans: in order and without gaps; empty if images stand inside texts.
     valid_BS: bool, False on padding.
     identity_BS: int64, token ids and patch codes; None if no router reads them.
     causal: text sees no later text, and patches see no text.
     separate: no attention between modalities; image and text of a pair share only the feed-forwards.
+    inside_BS: int64, modality of each position where images stand inside texts, at other places in each sequence.
     """
 
     spans: tuple[Span, ...]
@@ -31,10 +32,16 @@ class Layout(NamedTuple):
     identity_BS: Tensor | None = None
     causal: bool = False
     separate: bool = False
+    inside_BS: Tensor | None = None
+
+    @property
+    def modality_BS(self) -> Tensor:
+        """Modality of each position of each sequence, int64."""
+        return self.modality_S.expand(self.valid_BS.shape) if self.inside_BS is None else self.inside_BS
 
     @property
     def modality_S(self) -> Tensor:
-        """Modality of each position, int64."""
+        """Modality of each position, int64; of spans, which are the same in every sequence."""
         pieces = [torch.full((s.stop - s.start,), int(s.modality)) for s in self.spans]
         return torch.cat(pieces).to(self.valid_BS.device, non_blocking=True)
 

@@ -21,7 +21,6 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
-from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.format.manifest import Manifest, MixedManifest, Split
 from lightning_moevlm.data.images.augment import Augment
@@ -34,7 +33,7 @@ from lightning_moevlm.data.plain.plain_tars import PlainTars
 from lightning_moevlm.data.read.bad_batches import BadBatches
 from lightning_moevlm.data.read.collate import Collate
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
-from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, refuse_invalid_names
+from lightning_moevlm.data.read.mixture import Mixture, Source, StepClock, name_sources
 from lightning_moevlm.data.read.open_set import (
     OpenSet,
     check_local_shards,
@@ -51,6 +50,7 @@ from lightning_moevlm.data.read.source_stream import OpenSource, ReadSource
 from lightning_moevlm.data.read.train_reader import TrainReader
 from lightning_moevlm.data.read.whole_steps import refuse_smaller_step, whole_steps
 from lightning_moevlm.data.storage.shard_storage import CACHE_GIB, PROTOCOLS, ShardStorage
+from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 
@@ -92,6 +92,7 @@ class ShardDataModule(LightningDataModule):
             batches stay as they are. Null skips none.
         prefetch: Batches copied to the GPU, decoded and augmented there ahead of the model; null turns this off.
         bad_batches: Training batches to spoil on purpose, for studies of faults; null spoils none.
+        chat: Conversations, made by the processor of the model that `model.backbone.path` names; null makes none.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class ShardDataModule(LightningDataModule):
         webdataset: WebDatasetOptions | None = None,
         skip: list[str] | None = None,
         bad_batches: BadBatches | None = None,
+        chat: ChatOptions | None = None,
     ) -> None:
         super().__init__()
         for name, value, least in (
@@ -138,16 +140,7 @@ class ShardDataModule(LightningDataModule):
                 check_number(f"data.{name}", value, least=least)
         refuse_uneven_workers(num_workers, num_streams)
         check_number("data.max_lost_fraction", max_lost_fraction, least=0, below=1)
-        mixed = {name: source for name, source in (sources or {}).items() if source is not None}
-        if urls is not None and (root is not None or mixed):
-            raise UserError("data.urls names tars: set data.root to null and leave data.sources out")
-        if urls is None and (root is None) == (not mixed):
-            shown = root and mask_url_secrets(root)
-            raise UserError(
-                f"data.root is {shown} and data.sources names {len(mixed)} sets: set only one of data.root and "
-                "data.sources, the other to null"
-            )
-        refuse_invalid_names(list(mixed))
+        self.sources = name_sources(root, sources or {}, urls is not None)
         if bad_batches is not None:
             bad_batches.check(decode == "device", urls is not None)
         protocols, tolerant = tuple(allowed_protocols), max_lost_fraction > 0
@@ -157,7 +150,6 @@ class ShardDataModule(LightningDataModule):
                 raise UserError("data.skip needs a set with a manifest: index data.urls by `moevlm data index`")
             reading = webdataset or WebDatasetOptions()
             self.plain = PlainTars(urls, reading, protocols, cache_dir, vocab_size, tokenizer is None, tolerant)
-        self.sources = mixed or {"": Source(str(root))}
         self.storages = {
             name: ShardStorage(source.root, cache_dir, cache_gib, protocols) for name, source in self.sources.items()
         }
@@ -169,6 +161,7 @@ class ShardDataModule(LightningDataModule):
         self.augment, self.prefetch = augment, prefetch
         self.annotation, self.append_answer = annotation, bool(append_answer)
         self.tokenizer_file, self.second_image, self.bad_batches = tokenizer, second_image, bad_batches
+        self.chats = None if chat is None else ChatMaker(chat)
         if append_answer and not any((each.annotation or annotation) == "answers" for each in self.sources.values()):
             raise UserError("data.append_answer is true, and no answers are read: set data.annotation to answers")
         second = next((each.second_image for each in self.sources.values() if each.second_image), second_image)
@@ -204,9 +197,9 @@ class ShardDataModule(LightningDataModule):
 
     @property
     def manifest_digest(self) -> str:
-        """Hash of the exact data, and of a tokenizer that is not theirs."""
+        """Hash of the exact data, and of a tokenizer or processor that is not theirs."""
         is_foreign = self.tokenizer_file is not None or self.plain is not None
-        return digest_sets(self.sets, self.tokenizer if is_foreign else None)
+        return digest_sets(self.sets, self.tokenizer if is_foreign else None, self.chats)
 
     @cached_property
     def tokenizer(self) -> CaptionTokenizer:
@@ -236,7 +229,9 @@ class ShardDataModule(LightningDataModule):
                 refuse_other_than_jpegs(opened)
             if self.max_lost_fraction == 0:
                 check_local_shards(opened)
-        if self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
+        if self.chats is not None:
+            _ = self.chats.processor  # likewise
+        elif self.trainer is None or self.trainer.state.fn == TrainerFn.FITTING:
             for line in describe_cut_texts(self.sets, self.tokenizer, self.max_text_len, self.append_answer):
                 rank_zero_info(line)
 
@@ -351,7 +346,7 @@ class ShardDataModule(LightningDataModule):
         return Collate(
             opened.members, self.tokenizer, self.image_size, self.max_text_len, self.max_pixels, keeps_jpegs,
             opened.manifest.layout.caption_field, find_annotation(opened, self.append_answer),
-            find_second_image(opened),
+            find_second_image(opened), self.chats,
         )  # fmt: skip
 
     def _stage(self, augment: Augment | None, fills: bool) -> DeviceStage | None:

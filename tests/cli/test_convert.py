@@ -36,7 +36,7 @@ TERMS = ("--licence", "CC BY 4.0", "--vocab_size", "400", "--jobs", "1")
 def test_the_kinds_that_there_are() -> None:
     own, tables = {"questions", "statements"}, {"csv", "jsonl", "img2dataset"}
     benchmarks = {"coco_captions", "karpathy", "coco_vqa", "gqa", "okvqa", "textvqa", "nlvr2"}
-    assert set(COMMANDS) == own | tables | benchmarks
+    assert set(COMMANDS) == own | tables | benchmarks | {"llava"}
 
 
 def source_of(kind: str, folder: Path) -> list[str]:

@@ -19,13 +19,21 @@ from torch import Tensor
 from lightning_moevlm.data.format.faults import MAX_PIXELS
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
 from lightning_moevlm.data.images.open_image import IMAGE_FORMATS, check_pixels, open_image
-from lightning_moevlm.data.images.orientation import FLIPPED_ACROSS, FLIPPED_DOWN, TRANSPOSED, UPRIGHT, orientation
+from lightning_moevlm.data.images.orientation import (
+    FLIPPED_ACROSS,
+    FLIPPED_DOWN,
+    TRANSPOSED,
+    UPRIGHT,
+    orientation,
+    turn_image,
+)
 
 IMAGE_EXTENSIONS = ("jpg", "png", "image")
 """Members with images; those of `image` may have any of `IMAGE_FORMATS`, independent of their names in tars."""
 SECOND_IMAGES = tuple(f"right.{extension}" for extension in IMAGE_EXTENSIONS)
 """Members with the second image of samples about two images."""
 
+_FORMATS = {"jpg": ("JPEG",), "png": ("PNG",), "image": IMAGE_FORMATS}
 _JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"
 _JPEG_START = b"\xff\xd8\xff"
 _PNG_START = b"\x89PNG\r\n\x1a\n"
@@ -60,6 +68,24 @@ def decode_image(
         pixels_YXR = _decode_png(data, max_pixels) if extension == "png" else _decode_with_pillow(data, max_pixels)
         fit(pixels_YXR, size, row_RYX, orientation(data))
     return row_RYX
+
+
+def decode_whole(data: bytes, extension: str, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode to RGB at the image's own size, upright, transparent pixels on white.
+
+    Args:
+        data: Encoded image.
+        extension: As in `decode_image`.
+        max_pixels: As in `decode_image`.
+
+    Raises:
+        ImageTooLargeError: if the image has more than `max_pixels`, or too long a side; nothing was decoded.
+        ValueError: if the bytes are not such an image.
+    """
+    with open_image(data, _FORMATS[extension], max_pixels) as image:
+        is_plain = image.mode == "RGB" and "transparency" not in image.info
+        pixels_YXR = np.array(image) if is_plain else _lay_on_white(image)
+    return turn_image(Image.fromarray(pixels_YXR), orientation(data))
 
 
 def image_kind(member: str) -> str | None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.batch import Answers, Batch, FurtherCaptions
+from lightning_moevlm.contracts.batch import Answers, Batch, Chat, FurtherCaptions
 from lightning_moevlm.data.format.faults import MAX_PIXELS, Cause, SampleFault, decode_fault
 from lightning_moevlm.data.format.shard_reader import RawSample
 from lightning_moevlm.data.images.allocation import Allocate, private_bytes
@@ -19,6 +19,7 @@ from lightning_moevlm.data.images.decode import (
     IMAGE_EXTENSIONS,
     check_jpeg,
     decode_image,
+    decode_whole,
     image_bytes,
     image_kind,
     image_rows,
@@ -26,7 +27,8 @@ from lightning_moevlm.data.images.decode import (
 from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.images.open_image import ImageTooLargeError
 from lightning_moevlm.data.text.annotations import ANSWERS, Annotation, choose_answer
-from lightning_moevlm.data.text.captions import draw_caption, find_captions
+from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, draw_caption, find_captions
+from lightning_moevlm.data.text.chat import ChatMaker, Turn, read_turns
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer
 
 _BYTES_PER_ID = torch.int64.itemsize + torch.bool.itemsize
@@ -44,6 +46,8 @@ class Decoded(NamedTuple):
     second_RYX: Tensor | None = None  # as image_RYX, of samples with two images
     appended: str = ""  # the answer that follows the question
     further: tuple[str, ...] = ()  # captions of its image beside this one
+    chat: Chat | None = None  # the conversation, for a model with a processor of its own
+    chat_is_cut: bool = False
 
 
 class Collate:
@@ -59,6 +63,7 @@ class Collate:
         caption_field: Field of the json member with captions; "" for the txt member.
         annotation: Read beside images and texts (`annotations.Annotation`); None for nothing.
         second_image: Member with the second image of each sample; None reads one image.
+        chats: Makes conversations of images and texts; None makes none.
     """
 
     def __init__(
@@ -72,7 +77,9 @@ class Collate:
         caption_field: str = "",
         annotation: Annotation | None = None,
         second_image: str | None = None,
+        chats: ChatMaker | None = None,
     ) -> None:
+        self._chats = chats
         self._image_extension = next((e for e in IMAGE_EXTENSIONS if e in members), None)
         self._captions = find_captions(members, caption_field)
         self._annotation = annotation
@@ -163,7 +170,22 @@ class Collate:
         answers, kind = ((), "") if self._annotation is None else self._read_annotation(sample, self._annotation)
         second_RYX = None if self._second_image is None else self._image(sample, self._second_image, None)
         appended = choose_answer(answers, draw, sample.key) if self._appends else ""
-        return Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX, appended, further)
+        decoded = Decoded(sample.key, image_RYX, caption, jpeg, answers, kind, second_RYX, appended, further)
+        return decoded if self._chats is None or caption is None else self._converse(sample, decoded, self._chats)
+
+    def _converse(self, sample: RawSample, decoded: Decoded, chats: ChatMaker) -> Decoded:
+        """Add the conversation of a sample with a text."""
+        try:
+            turns = read_turns(sample.members.get(ANNOTATION_EXTENSION))
+        except ValueError as error:
+            raise _fault("json_malformed", sample, ANNOTATION_EXTENSION, error) from error
+        text = decoded.caption or ""
+        if not turns:
+            turns = (Turn(text, decoded.appended) if self._appends else Turn(chats.options.caption_prompt, text),)
+        names = [name for name in (self._image_extension, self._second_image) if name is not None]
+        images = [decode_whole(_member(sample, name), image_kind(name) or "image", self._max_pixels) for name in names]
+        chat, is_cut = chats.make(images, turns)
+        return decoded._replace(chat=chat, chat_is_cut=is_cut)
 
     def make_batch(self, decoded: Sequence[Decoded], images_BRYX: Tensor | None) -> Batch:
         """Tokenise captions and make a batch. images_BRYX: the rows that the samples were decoded into."""
@@ -172,6 +194,8 @@ class Collate:
             captions = [each.caption or "" for each in decoded]
             appended = [each.appended for each in decoded] if self._appends else []
             text_BL, text_mask_BL, num_cut = self._tokenizer.encode(captions, self._max_text_len, appended)
+            if self._chats is not None:
+                num_cut = sum(each.chat_is_cut for each in decoded)
             further = self._encode_further(decoded)
         answers = None
         if self._annotation is not None:
@@ -183,9 +207,10 @@ class Collate:
                 assert each.second_RYX is not None
                 row_RYX.copy_(each.second_RYX)
         keys = tuple(each.key for each in decoded)
+        chats = tuple(each.chat for each in decoded if each.chat is not None) or None
         return Batch(
             images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers, second_images_BRYX=second_BRYX,
-            further_captions=further,
+            further_captions=further, chats=chats,
         )  # fmt: skip
 
     def _encode_further(self, decoded: Sequence[Decoded]) -> FurtherCaptions | None:

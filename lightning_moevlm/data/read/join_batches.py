@@ -37,6 +37,7 @@ def join_batches(batches: Mapping[int, Batch], names: Sequence[str]) -> Batch:
         answers=_join_answers(ordered),
         second_images_BRYX=_join_second_images(ordered),
         further_captions=_join_further(ordered),
+        chats=tuple(chat for batch in ordered for chat in batch.chats or ()) or None,
     )
 
 

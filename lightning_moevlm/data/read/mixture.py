@@ -11,7 +11,7 @@ batch number and the optimiser step alone.
 """
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import floor
 from typing import Literal
@@ -138,12 +138,24 @@ def counts(weights: Sequence[float], batch_size: int, offset: float) -> tuple[in
     return tuple(found)
 
 
-def refuse_invalid_names(names: Sequence[str]) -> None:
-    """Refuse names that metric keys cannot hold.
+def name_sources(root: str | None, sources: Mapping[str, Source | None], has_tars: bool) -> dict[str, Source]:
+    """Return the sources that are not null, or the set of `root` as one without a name.
+
+    has_tars: `data.urls` names tars instead.
 
     Raises:
-        UserError: with the characters allowed.
+        UserError: several or none of them are given, or a name that metric keys cannot hold.
     """
-    for name in names:
+    mixed = {name: source for name, source in sources.items() if source is not None}
+    if has_tars and (root is not None or mixed):
+        raise UserError("data.urls names tars: set data.root to null and leave data.sources out")
+    if not has_tars and (root is None) == (not mixed):
+        shown = root and mask_url_secrets(root)
+        raise UserError(
+            f"data.root is {shown} and data.sources names {len(mixed)} sets: set only one of data.root and "
+            "data.sources, the other to null"
+        )
+    for name in mixed:
         if not re.fullmatch(r"[\w.-]+", name):
             raise UserError(f"source {name!r} of data.sources: use letters, digits, '_', '.' and '-' in names")
+    return mixed or {"": Source(str(root))}

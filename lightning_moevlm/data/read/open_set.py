@@ -13,6 +13,7 @@ from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.annotations import ANSWERS, Annotation
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION, find_captions
+from lightning_moevlm.data.text.chat import ChatMaker
 from lightning_moevlm.data.text.tokenizer import CaptionTokenizer, read_tokenizer
 
 _HASHED_BEFOREHAND_BYTES = 256 * 2**20
@@ -135,18 +136,18 @@ def refuse_more_ids(what: str, ids: str, num_ids: int, vocab_size: int, remedy: 
         raise UserError(f"{what} has {ids}, data.vocab_size is {vocab_size}; raise it to {num_ids} or more{remedy}")
 
 
-def digest_sets(sets: Mapping[str, OpenSet], tokenizer: CaptionTokenizer | None) -> str:
+def digest_sets(sets: Mapping[str, OpenSet], tokenizer: CaptionTokenizer | None, chats: ChatMaker | None = None) -> str:
     """Return a hash of the exact data: a set's digest; of a mixture, of the sources' names, digests and members read.
 
-    tokenizer: one that is not the sets' own, which then counts too.
+    tokenizer, chats: those that are not the sets' own, which then count too.
     """
     digest = next(iter(sets.values())).manifest.digest
     if len(sets) > 1:
         parts = [[name, opened.manifest.digest, *opened.members] for name, opened in sets.items()]
         digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()
-    if tokenizer is None:
-        return digest
-    return hashlib.sha256(f"{digest}\n{tokenizer.to_json()}".encode()).hexdigest()
+    for foreign in ([tokenizer.to_json()] if tokenizer else []) + ([chats.digest] if chats else []):
+        digest = hashlib.sha256(f"{digest}\n{foreign}".encode()).hexdigest()
+    return digest
 
 
 def refuse_other_than_jpegs(opened: OpenSet) -> None:

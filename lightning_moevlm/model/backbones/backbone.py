@@ -1,7 +1,7 @@
 """The backbone contract: images, texts or both in, contextual tokens and routing plans out."""
 
 from abc import abstractmethod
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import NamedTuple
 
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.batch import Chat, JoinedChats
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
@@ -134,6 +135,21 @@ class Backbone(Module):
         raise UserError(
             f"{type(self).__name__} cannot continue texts: give it `prefill` and `extend`, as Trunk has them"
         )
+
+    def read_chats(self, chats: JoinedChats) -> BackboneOutput:
+        """Encode conversations that the model's own processor made, with images inside.
+
+        Raises:
+            UserError: a backbone that embeds images of one size, before their text.
+        """
+        raise UserError(
+            f"{type(self).__name__} has no processor of its own: set data.chat to null, or choose HuggingFaceModel "
+            "with the path of a model"
+        )
+
+    def prefill_chats(self, chats: Sequence[Chat]) -> tuple[BackboneOutput, Past]:
+        """Encode the beginnings of conversations, as `prefill` does those of texts."""
+        raise NotImplementedError
 
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""

@@ -5,7 +5,8 @@
     text      every token of a text without an image, from the tokens before it
 
 With `answers_only`, a text is a question, [EOS] and its answer (`data.append_answer`), and what follows the first [EOS]
-alone is predicted (LLaVA, arXiv 2304.08485, section 4.2).
+alone is predicted (LLaVA, arXiv 2304.08485, section 4.2). Of conversations of a model's own processor (`data.chat`)
+always answers alone are, those of all turns.
 
 Each term is the mean over predicted tokens, [EOS] included, in nats. Evaluation predicts every caption of an image. A
 backbone with a head of its own predicts by it. It needs no `causal: true`: the mask is that of this pass. Its routers
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.contracts.batch import Batch
+from lightning_moevlm.contracts.batch import Batch, JoinedChats, join_chats
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import EOS, PAD
@@ -32,7 +33,7 @@ from lightning_moevlm.contracts.step_records import (
     SampleLosses,
     Term,
 )
-from lightning_moevlm.model.backbones import Backbone, BackboneSpec
+from lightning_moevlm.model.backbones import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.layers import check_causal
 from lightning_moevlm.model.metrics.measure import Measure
 from lightning_moevlm.model.metrics.tasks.perplexity import Perplexity
@@ -92,11 +93,7 @@ class NextToken(Objective):
         attention: list[AttentionLogits] = []
         num_tokens = 0
         for name, part in self._parts(batch).items():
-            assert part.text_BL is not None and part.text_mask_BL is not None
-            output = backbone(*part[:3], causal=True)
-            predicted_BL = self._predicted(part)
-            target_M = part.text_BL[:, 1:][predicted_BL]
-            features_MD = output.features(Modality.TEXT)[:, :-1][predicted_BL]
+            output, features_MD, target_M, row_M = self._read(backbone, part)
             if not len(target_M):
                 raise UserError(
                     "NextToken predicts answers only, and no text of this batch has one: set data.append_answer to "
@@ -111,7 +108,6 @@ class NextToken(Objective):
                 log_partitions[name] = loss.log_partition_M
             if not self.training and loss.loss_M is not None:
                 right_M = (predictions[name].predicted_M == target_M).float()
-                row_M = predicted_BL.nonzero()[:, 0]
                 of_samples[name] = SampleLosses(part.keys, row_M, loss.loss_M.detach(), right_M)
             plans.extend(output.plans)
             attention.extend(output.attention)
@@ -138,11 +134,15 @@ class NextToken(Objective):
         predictions, passes = {}, {}
         parts = self._parts(batch)
         for name in self.weights:
-            mask_BL = parts[name].text_mask_BL if name in parts else None
-            predictions[name] = self._predicted(parts[name]).sum() if name in parts else none
+            source, part = "pair" if name == "caption" else "text", parts.get(name)
+            if part is not None and part.chats is not None:
+                joined = join_chats(part.chats)
+                predictions[name], passes[source] = joined.answer_BS[:, 1:].sum(), _size_of_chats(joined)
+                continue
+            mask_BL = None if part is None else part.text_mask_BL
+            predictions[name] = none if part is None else self._predicted(part).sum()
             num_images = none if mask_BL is None or name == "text" else none + len(mask_BL)
-            size = PlanSize.of_pass(num_images, mask_BL, self.num_patches)
-            passes["pair" if name == "caption" else "text"] = size
+            passes[source] = PlanSize.of_pass(num_images, mask_BL, self.num_patches)
         return BatchSize(predictions, passes)
 
     def costs(self, backbone: Backbone, batch: Batch) -> Costs | None:
@@ -173,6 +173,19 @@ class NextToken(Objective):
         given_BL = text_mask_BL & (is_end_BL.cumsum(dim=1) - is_end_BL.long() == 0)
         return torch.where(given_BL, text_BL, PAD), given_BL
 
+    def _read(self, backbone: Backbone, part: Batch) -> tuple[BackboneOutput, Tensor, Tensor, Tensor]:
+        """Return the output, the features before each predicted token (M, D), these tokens and their rows, (M,)."""
+        if part.chats is not None:
+            joined = join_chats(part.chats)
+            output = backbone.read_chats(joined)
+            features_BSD, ids_BS, predicted_BS = output.tokens_BSD, joined.ids_BS, joined.answer_BS[:, 1:]
+        else:
+            assert part.text_BL is not None and part.text_mask_BL is not None
+            output = backbone(*part[:3], causal=True)
+            features_BSD, ids_BS, predicted_BS = output.features(Modality.TEXT), part.text_BL, self._predicted(part)
+        row_M = predicted_BS.nonzero()[:, 0]
+        return output, features_BSD[:, :-1][predicted_BS], ids_BS[:, 1:][predicted_BS], row_M
+
     def _predicted(self, part: Batch) -> Tensor:
         """Return which tokens after the first are predicted, bool (B, L - 1)."""
         assert part.text_BL is not None and part.text_mask_BL is not None
@@ -188,5 +201,13 @@ class NextToken(Objective):
         if pairs and "caption" in self.weights:
             parts["caption"] = batch.first(pairs) if self.training else batch.first(pairs).each_caption()
         if text_BL is not None and mask_BL is not None and len(text_BL) > pairs and "text" in self.weights:
-            parts["text"] = Batch(None, text_BL[pairs:], mask_BL[pairs:], batch.text_keys[pairs:])
+            chats = None if batch.chats is None else batch.chats[pairs:]
+            parts["text"] = Batch(None, text_BL[pairs:], mask_BL[pairs:], batch.text_keys[pairs:], chats=chats)
         return parts
+
+
+def _size_of_chats(joined: JoinedChats) -> PlanSize:
+    """Return the size of a pass over conversations."""
+    of_BAS = torch.stack([joined.valid_BS & (joined.modality_BS == int(modality)) for modality in Modality], dim=1)
+    sequences_A = of_BAS.any(dim=2).sum(dim=0)
+    return PlanSize(of_BAS.sum(dim=(0, 2)), sequences_A, joined.valid_BS.any(dim=1).sum())

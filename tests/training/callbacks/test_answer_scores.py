@@ -25,7 +25,7 @@ from tests.data.sources import OPTIONS
 from tests.training.callbacks.test_caption_scores import captioner
 
 ANSWERING = partial(NextToken, answers_only=True)
-GENERATE = "lightning_moevlm.training.callbacks.tasks.answer_scores.generate"
+GENERATE = "lightning_moevlm.training.callbacks.tasks.replies.generate"
 
 
 @pytest.fixture(scope="module")

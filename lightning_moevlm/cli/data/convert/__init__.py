@@ -7,6 +7,7 @@ from lightning_moevlm.cli.data.convert.benchmarks import (
     ConvertCocoVqa,
     ConvertGqa,
     ConvertKarpathy,
+    ConvertLlava,
     ConvertNlvr2,
     ConvertOkVqa,
     ConvertTextVqa,
@@ -25,6 +26,7 @@ COMMANDS: dict[str, Callable[..., object]] = {
     "okvqa": ConvertOkVqa,
     "textvqa": ConvertTextVqa,
     "nlvr2": ConvertNlvr2,
+    "llava": ConvertLlava,
     "questions": ConvertQuestions,
     "statements": ConvertStatements,
 }

@@ -1,4 +1,4 @@
-"""Converts the published files of benchmarks."""
+"""Converts the published files of benchmarks, and of conversations about images."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
@@ -157,3 +157,24 @@ class ConvertNlvr2(ConvertCommand):
 
         folder = local_source(self.folder, "folder")
         return Nlvr2(folder, images_folder(self.images) or folder, self.name)
+
+
+@dataclass(frozen=True)
+class ConvertLlava(ConvertCommand):
+    """Convert conversations in LLaVA's format: one sample per conversation, all its turns in its json.
+
+    Args:
+        file: JSON list, or JSON lines in a file named .jsonl.
+        images: Folder that image paths are relative to; by default the file's own. Paths may not leave it.
+        samples: images takes conversations about an image, texts those without one; the others are counted.
+    """
+
+    file: str
+    images: str | None = None
+    samples: Literal["images", "texts"] = "images"
+
+    def _source(self) -> "Source":
+        from lightning_moevlm.data.write.convert.sources.llava import Llava
+
+        file = local_source(self.file, "file")
+        return Llava(file, images_folder(self.images) or file.parent, self.name, self.samples)

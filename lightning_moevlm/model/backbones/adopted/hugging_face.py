@@ -1,18 +1,21 @@
 """Any mixture-of-experts model of Hugging Face transformers, or any dense one upcycled, with its routing as plans.
 
     [image tokens] [text tokens] -> the model without its head -> features -> its own head
+    conversations of its own processor, with images inside -> the same
 
-Sequences are made of images of one size and of token ids, as for every backbone here: the image is the prefix of its
-text. Chat templates and the special tokens of a checkpoint's processor are not added.
+Without a processor (`data.chat: null`) sequences are made of images of one size and of token ids, as for every backbone
+here: the image is the prefix of its text, and a question ends in [EOS], which its answer follows. Chat templates and
+the special tokens of a checkpoint are then not added.
 """
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import Chat, JoinedChats, join_chats
 from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
@@ -23,7 +26,7 @@ from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
-from lightning_moevlm.model.backbones.adopted.run_again import WholeTexts
+from lightning_moevlm.model.backbones.adopted.run_again import WholeChats, WholeTexts
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
@@ -90,6 +93,7 @@ class HuggingFaceModel(Backbone):
         origin = Origin(path, config, dtype, attention, experts_backend, local_files_only, vocab_size)
         self.model = build(origin)
         self._is_loaded = path is not None
+        self._knows_ids = False  # those of conversations
         self.config = self.model.config
         self.text_config = self.config.get_text_config()
         if getattr(self.config, "is_encoder_decoder", False):
@@ -197,15 +201,48 @@ class HuggingFaceModel(Backbone):
         layout = Layout(tuple(spans), torch.cat(valid, dim=1), None, causal=True)
         return self._run(torch.cat(ids, dim=1), layout, seen, source)
 
+    def read_chats(self, chats: JoinedChats) -> BackboneOutput:
+        """Encode conversations with images inside, any number of any size.
+
+        Raises:
+            UserError: ids that the model does not embed, or images for a model without a vision tower.
+        """
+        if not self._knows_ids:
+            self._check_ids(chats)
+        dtype = self.model.dtype
+        seen = {
+            name: values.to(dtype) if values.is_floating_point() else values for name, values in chats.images.items()
+        }
+        layout = Layout((), chats.valid_BS, None, causal=True, inside_BS=chats.modality_BS)
+        return self._run(chats.ids_BS, layout, seen, "pair" if seen else "text")
+
+    def _check_ids(self, chats: JoinedChats) -> None:
+        """Refuse the first conversations of another model's processor."""
+        largest, name = int(chats.ids_BS.max()), type(self.model).__name__
+        if largest >= self.text_config.vocab_size:
+            raise UserError(
+                f"data.chat.processor makes the token id {largest}, and {name} embeds {self.text_config.vocab_size}: "
+                "give the directory of the model itself"
+            )
+        body = getattr(self.model, self.model.base_model_prefix).forward
+        unknown = [each for each in chats.images if not takes(body, each)]
+        if unknown:
+            raise UserError(
+                f"data.chat.processor makes {', '.join(unknown)} of images, which {name} does not take: give the "
+                "directory of the model itself"
+            )
+        self._knows_ids = True
+
     def _run(self, ids_BS: Tensor, layout: Layout, seen: dict[str, Tensor], source: str) -> BackboneOutput:
-        modality_BS = layout.modality_S.expand(ids_BS.shape)
+        modality_BS = layout.modality_BS
         body = getattr(self.model, self.model.base_model_prefix)
         inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": layout.valid_BS.long(), "use_cache": False}
         kinds_BS = (modality_BS == Modality.IMAGE).long()
         for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
             if seen and takes(body.forward, name):
                 inputs[name] = kinds_BS
-        present = tuple(dict.fromkeys(span.modality for span in layout.spans))
+        spans = dict.fromkeys(span.modality for span in layout.spans)
+        present = tuple(spans) or (tuple(Modality) if seen else (Modality.TEXT,))
         with self.current.open(Tokens(modality_BS, layout.valid_BS, present)) as recorded:
             features_BSD = body(**inputs, **seen).last_hidden_state
             plans = tuple(
@@ -217,15 +254,21 @@ class HuggingFaceModel(Backbone):
         """Encode the beginning of texts that are to be continued."""
         return self(images_BRYX, text_BL, text_mask_BL), WholeTexts(images_BRYX, text_BL, text_mask_BL)
 
+    def prefill_chats(self, chats: Sequence[Chat]) -> tuple[BackboneOutput, Past]:
+        """Encode the beginnings of conversations that are to be continued."""
+        return self.read_chats(join_chats(chats)), WholeChats(chats)
+
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""
-        assert isinstance(past, WholeTexts)
+        assert isinstance(past, WholeTexts | WholeChats)
         if self.images is not None:  # a model may predict the id that stands for an image, but there is none
             text_B = torch.where(text_B == self.config.image_token_id, PAD, text_B)
         past.append(text_B)
-        output = self(past.images_BRYX, past.text_BL, past.text_mask_BL)
         assert past.length_B is not None
         row_B = torch.arange(len(text_B), device=text_B.device)
+        if isinstance(past, WholeChats):
+            return self.read_chats(join_chats(past.chats)).tokens_BSD[row_B, past.length_B - 1]
+        output = self(past.images_BRYX, past.text_BL, past.text_mask_BL)
         return output.features(Modality.TEXT)[row_B, past.length_B - 1]
 
     def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:

@@ -94,7 +94,7 @@ class MoEFFN(FeedForward):
         """Route and run; padding and dropped tokens come out as zeros for the residual to carry."""
         batch, length, dim = tokens_BSD.shape
         tokens_TD = tokens_BSD.reshape(batch * length, dim)
-        modality_T = layout.modality_S.expand(batch, length).reshape(-1)
+        modality_T = layout.modality_BS.reshape(-1)
         identity_T = None if layout.identity_BS is None else layout.identity_BS.reshape(-1)
         plan = self.route(RoutingInput(tokens_TD, modality_T, layout.valid_BS.reshape(-1), batch, identity_T))
         out_TD = self._compute(plan, tokens_TD)

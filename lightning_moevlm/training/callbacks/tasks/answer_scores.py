@@ -1,20 +1,25 @@
 """Generates answers to held-out questions and scores them as VQA does: exact agreement with people after normalisation.
 
+Instead of generating, the likeliest of a list of answers can be taken, which needs a forward pass for each of them.
 The metrics are those of `AnswerClassification`, so that both ways to answer can be compared: VQA accuracy by kind of
 question, beside that of the best constant answer. A model that reads the questions of a source without its images
 (`modality: text`) is the blind one.
 """
 
+from pathlib import Path
+
 from lightning.pytorch import Trainer
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.answer_list import read_answers
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.step_records import Answered
-from lightning_moevlm.model.generation import Decoding, generate
+from lightning_moevlm.model.generation import Decoding
 from lightning_moevlm.model.metrics.tasks.vqa import VQAAccuracy
 from lightning_moevlm.model.objectives import AnswerClassification, Draws, NextToken
 from lightning_moevlm.training.callbacks.tasks.parts import HeldOutTask, find_data, find_objective
+from lightning_moevlm.training.callbacks.tasks.replies import choose_texts, generate_texts
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
 _CHOICE = Draws(0)
@@ -26,16 +31,20 @@ class AnswerScores(HeldOutTask):
     Args:
         decoding: how answers are generated.
         share: of the questions that are answered, chosen by their keys; generation takes far longer than the loss.
+        answers: file of `moevlm data answers`, whose likeliest answer is taken; null generates answers.
 
     Raises:
-        UserError: a share outside (0, 1], an objective that does not predict answers as text, or one that chooses them
-            from a list too.
+        UserError: a share outside (0, 1], a wrong file, an objective that does not predict answers as text, or one that
+            chooses them from a list too.
     """
 
-    def __init__(self, decoding: Decoding = Decoding(max_new_tokens=10), share: float = 1.0) -> None:
+    def __init__(
+        self, decoding: Decoding = Decoding(max_new_tokens=10), share: float = 1.0, answers: str | None = None
+    ) -> None:
         check_number("share of AnswerScores", share, above=0, most=1)
         self.decoding = decoding
         self.share = share
+        self.answers = None if answers is None else read_answers(Path(answers)).answers
         self._scores = VQAAccuracy()
 
     def check(self, trainer: Trainer, module: VisionLanguageModule) -> None:
@@ -70,19 +79,10 @@ class AnswerScores(HeldOutTask):
 
     def _answer(self, trainer: Trainer, module: VisionLanguageModule, objective: NextToken, asked: Batch) -> None:
         """Answer questions that all have an image, or none of which has one."""
-        if asked.text_BL is None or asked.text_mask_BL is None or asked.answers is None:
+        if asked.text_BL is None or asked.answers is None:
             return
-        backbone, tokenizer = module.backbone, find_data(trainer, "AnswerScores").tokenizer
-        prompt_BL, prompt_mask_BL = objective.prompts(asked.text_BL, asked.text_mask_BL)
-        with trainer.precision_plugin.val_step_context():
-            found = generate(
-                backbone,
-                lambda features_MD: objective.logits(backbone, features_MD),
-                asked.images_BRYX,
-                prompt_BL,
-                prompt_mask_BL,
-                self.decoding,
-                asked.keys,
-            )
-        said = tuple(tokenizer.decode(ids).strip() for ids in found.text_BN.tolist())
+        if self.answers is None:
+            said = generate_texts(trainer, module, objective, asked, self.decoding, "AnswerScores")
+        else:
+            said = choose_texts(trainer, module, objective, asked, self.answers, "AnswerScores")
         self._scores.add(Answered(said, asked.answers.given, asked.answers.kinds))

@@ -5,12 +5,13 @@ from lightning.pytorch import Trainer
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.contracts.batch import Batch
-from lightning_moevlm.model.generation import Decoding, generate
+from lightning_moevlm.model.generation import Decoding
 from lightning_moevlm.model.metrics.content_ids import content_ids
 from lightning_moevlm.model.metrics.gather import gather_objects
 from lightning_moevlm.model.metrics.tasks.caption_scores import score_captions
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.training.callbacks.tasks.parts import HeldOutTask, find_data, find_objective
+from lightning_moevlm.training.callbacks.tasks.replies import generate_texts
 from lightning_moevlm.training.vision_language_module import VisionLanguageModule
 
 _Captions = dict[int, tuple[str, ...]]  # by the content of their image
@@ -49,7 +50,7 @@ class CaptionScores(HeldOutTask):
         pairs = captioned.first(captioned.pairs)
         if pairs.images_BRYX is None or pairs.text_BL is None or pairs.text_mask_BL is None:
             return
-        tokenizer, backbone = find_data(trainer, "CaptionScores").tokenizer, module.backbone
+        tokenizer = find_data(trainer, "CaptionScores").tokenizer
         images = content_ids(pairs.images_BRYX.cpu())
         further = pairs.further_captions
         known = list(zip(images, pairs.text_BL.tolist(), strict=True))
@@ -64,20 +65,9 @@ class CaptionScores(HeldOutTask):
         rows = sorted(first[image] for image in chosen if image not in self._generated)
         if not rows:
             return
-        start = slice(0, 1)  # [BOS]
-        with trainer.precision_plugin.val_step_context():
-            found = generate(
-                backbone,
-                lambda features_MD: objective.logits(backbone, features_MD),
-                pairs.images_BRYX[rows],
-                pairs.text_BL[rows, start],
-                pairs.text_mask_BL[rows, start],
-                self.decoding,
-                [pairs.keys[row] for row in rows],
-            )
-        self._generated |= {
-            images[row]: tokenizer.decode(ids) for row, ids in zip(rows, found.text_BN.tolist(), strict=True)
-        }
+        chosen_pairs = pairs._replace(further_captions=None).select(rows)
+        said = generate_texts(trainer, module, objective, chosen_pairs, self.decoding, "CaptionScores")
+        self._generated |= {images[row]: caption for row, caption in zip(rows, said, strict=True)}
 
     def compute(self, trainer: Trainer, module: VisionLanguageModule, stage: str) -> dict[str, float]:
         """Score."""

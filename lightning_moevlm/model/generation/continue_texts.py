@@ -14,9 +14,11 @@ from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
+from lightning_moevlm.contracts.batch import Chat
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import EOS, PAD
 from lightning_moevlm.model.backbones import Backbone
+from lightning_moevlm.model.backbones.past import Past
 from lightning_moevlm.model.layers import check_causal, find_evaluation_limits
 from lightning_moevlm.model.objectives.draws import Draws
 
@@ -57,7 +59,7 @@ class Decoding:
 class Generated(NamedTuple):
     """Continued texts, without their beginnings."""
 
-    text_BN: Tensor  # int64 token ids; after [EOS] comes padding
+    text_BN: Tensor  # int64 token ids; after the end comes padding
     log_prob_B: Tensor  # fp32, nats, sum over the generated tokens, [EOS] included
 
 
@@ -89,6 +91,48 @@ def generate(
     Raises:
         UserError: a backbone whose tokens depend on later ones or on other samples.
     """
+    check_independent(backbone)
+    output, past = backbone.prefill(images_BRYX, text_BL, text_mask_BL)
+    assert past.length_B is not None
+    row_B = torch.arange(len(text_BL), device=text_BL.device)
+    features_BD = output.features(Modality.TEXT)[row_B, past.length_B - 1]
+    room_B = (backbone.spec.max_text_len - past.length_B).clamp(max=decoding.max_new_tokens)
+    return _continue(backbone, logits, features_BD, past, room_B, (EOS,), decoding, keys)
+
+
+@torch.no_grad()
+def generate_replies(
+    backbone: Backbone,
+    logits: Logits,
+    chats: Sequence[Chat],
+    ends: Sequence[int],
+    decoding: Decoding = Decoding(),
+    keys: Sequence[str] = (),
+) -> Generated:
+    """Continue conversations until a token that ends a reply, or max_new_tokens; see `generate`.
+
+    Args:
+        chats: beginnings, see `Chat.prompt`.
+        ends: ids that end a reply.
+
+    Raises:
+        UserError: a backbone that knows no conversations, or whose tokens depend on later ones or on other samples.
+    """
+    check_independent(backbone)
+    output, past = backbone.prefill_chats(chats)
+    assert past.length_B is not None
+    row_B = torch.arange(len(chats), device=past.length_B.device)
+    room_B = torch.full_like(past.length_B, decoding.max_new_tokens)
+    features_BD = output.tokens_BSD[row_B, past.length_B - 1]
+    return _continue(backbone, logits, features_BD, past, room_B, tuple(ends), decoding, keys)
+
+
+def check_independent(backbone: Backbone) -> None:
+    """Refuse a backbone whose tokens depend on later ones or on other samples.
+
+    Raises:
+        UserError: it does.
+    """
     check_causal(backbone)
     limited = find_evaluation_limits(backbone)
     if limited:
@@ -96,20 +140,30 @@ def generate(
             f"{limited[0]} limits its experts in evaluation, so a text would depend on the others of its batch: set "
             "capacity.eval_factor to null"
         )
-    output, past = backbone.prefill(images_BRYX, text_BL, text_mask_BL)
-    assert past.length_B is not None
-    row_B = torch.arange(len(text_BL), device=text_BL.device)
-    features_BD = output.features(Modality.TEXT)[row_B, past.length_B - 1]
-    room_B = (backbone.spec.max_text_len - past.length_B).clamp(max=decoding.max_new_tokens)
+
+
+def _continue(
+    backbone: Backbone,
+    logits: Logits,
+    features_BD: Tensor,
+    past: Past,
+    room_B: Tensor,
+    ends: tuple[int, ...],
+    decoding: Decoding,
+    keys: Sequence[str],
+) -> Generated:
+    """Continue from the features of last tokens. room_B: most new tokens of each. ends: ids after which one stops."""
 
     def extend(token_B: Tensor) -> Tensor:
         return logits(backbone.extend(token_B, past))
 
+    end_K = torch.tensor(ends, device=room_B.device)
     if decoding.method == "beam":
-        return _search(logits(features_BD), extend, past.select, room_B, decoding)
+        return _search(logits(features_BD), extend, past.select, room_B, end_K, decoding)
     draws = Draws(decoding.seed)
+    row_B = torch.arange(len(room_B), device=room_B.device)
     chosen: list[Tensor] = []
-    log_prob_B = torch.zeros(len(text_BL), device=text_BL.device)
+    log_prob_B = torch.zeros(len(room_B), device=room_B.device)
     logits_BV = logits(features_BD)
     for step in range(int(room_B.max())):
         going_B = room_B > step
@@ -117,11 +171,11 @@ def generate(
         if decoding.method == "greedy":
             token_B = log_prob_BV.argmax(dim=-1)
         else:
-            uniform_B = draws.uniform(f"token {step}", keys, 1).squeeze(1).to(text_BL.device)
+            uniform_B = draws.uniform(f"token {step}", keys, 1).squeeze(1).to(room_B.device)
             token_B = sample_tokens(logits_BV, uniform_B, decoding.temperature, decoding.top_p)
         token_B = torch.where(going_B, token_B, PAD)
         log_prob_B = log_prob_B + torch.where(going_B, log_prob_BV[row_B, token_B], 0.0)
-        room_B = torch.where(token_B == EOS, 0, room_B)
+        room_B = torch.where(torch.isin(token_B, end_K), 0, room_B)
         chosen.append(token_B)
         if not bool((room_B > step + 1).any()):
             break
@@ -152,6 +206,7 @@ def _search(
     extend: Callable[[Tensor], Tensor],
     select: Callable[[Tensor], None],
     room_B: Tensor,
+    end_K: Tensor,
     decoding: Decoding,
 ) -> Generated:
     """Beam search; a finished beam keeps its place and log-probability."""
@@ -174,7 +229,7 @@ def _search(
         beam_BK, token_BK = place_BK // total_BKV.shape[-1], place_BK % total_BKV.shape[-1]
         was_done_BK = is_done_BK.gather(1, beam_BK)
         length_BK = length_BK.gather(1, beam_BK) + ~was_done_BK
-        is_done_BK = was_done_BK | (token_BK == EOS)
+        is_done_BK = was_done_BK | torch.isin(token_BK, end_K)
         row_R = (first_B1 + beam_BK).flatten()
         text_RN = torch.cat([text_RN[row_R], token_BK.reshape(-1, 1)], dim=1)
         if bool((is_done_BK | (room_B <= step + 1).unsqueeze(1)).all()):
