@@ -204,6 +204,7 @@ def _parts() -> dict[str, list[type]]:
 
     import lightning_moevlm.training.callbacks as callbacks
     import lightning_moevlm.training.optim as optim
+    from lightning_moevlm.atlas.live import ExpertRoles
     from lightning_moevlm.configuration.plugins import load_plugins
     from lightning_moevlm.contracts.schedules import Ramp
     from lightning_moevlm.model.backbones import Backbone
@@ -250,7 +251,7 @@ def _parts() -> dict[str, list[type]]:
         "optimizers": [AdamW, optim.Hyperball, optim.Lion, optim.MuonAdamW, optim.StableAdamW, *_offered(Optimizer)],
         "stabilisers": [optim.AdaGC, optim.GradientStabilisers, optim.SkipSpikes, optim.ZClip],
         "schedules": _leaves(optim.WarmupSchedule),
-        "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), *_offered(Callback)],
+        "callbacks": [*(getattr(callbacks, name) for name in callbacks.__all__), ExpertRoles, *_offered(Callback)],
     }
 
 

@@ -113,6 +113,27 @@ ROUTER_SATURATION = MetricKey(
     "fraction",
     "neither",
 )
+EXPERT_NMI = MetricKey(
+    "expert_nmi/block{block}/{tokens}/{label}", "information of experts and a label (NMI)", "fraction", "neither"
+)
+EXPERT_NMI_BY_CHANCE = MetricKey(
+    "expert_nmi_by_chance/block{block}/{tokens}/{label}",
+    "NMI of experts and a label if samples exchange labels",
+    "fraction",
+    "neither",
+)
+TOP_CATEGORY = MetricKey(
+    "expert_top_category/block{block}/{tokens}/expert{expert}",
+    "an expert's tokens of objects that are of its most frequent category",
+    "fraction",
+    "neither",
+)
+TOP_CATEGORY_BASE = MetricKey(
+    "expert_top_category_base/block{block}/{tokens}",
+    "tokens of objects that are of the most frequent category",
+    "fraction",
+    "neither",
+)
 SHADOW_FLIP_RATE = MetricKey(
     "shadow_flip_rate/block{block}/{modality}", "tokens that fp32 routes elsewhere", "fraction", "lower"
 )
