@@ -37,6 +37,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm data answers DIR                           list the answers that a model of questions chooses from
   moevlm export CKPT --out DIR                      write a trained model as safetensors, for plain PyTorch
   moevlm experts RUN                                show which expert serves what, and whether that is more than chance
+  moevlm audit PATH                                 a model of Hugging Face: what balances its experts, and their loads
   moevlm spikes RUN                                 explain spikes and crashes: what moved first, the samples, illnesses
   moevlm replay RUN --with KEY=VALUE                train the steps around an event again: what would have prevented it?
   moevlm sync [FOLDER]                              upload logs that runs kept locally while MLflow was unreachable

@@ -9,7 +9,7 @@ from jsonargparse import ArgumentError, auto_cli
 
 from lightning_moevlm.cli import bench, compare, parts, sweep
 from lightning_moevlm.cli.data import commands as data
-from lightning_moevlm.cli.models import export
+from lightning_moevlm.cli.models import audit, export
 from lightning_moevlm.cli.runs import experts, replay, spikes, sync
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.messages.parse_errors import short_message
@@ -19,6 +19,7 @@ COMMANDS: dict[str, Any] = {
     "data": data.COMMANDS,
     "sweep": sweep.COMMANDS,
     "compare": compare.compare,
+    "audit": audit.audit,
     "experts": experts.experts,
     "export": export.export,
     "replay": replay.replay,
@@ -28,7 +29,9 @@ COMMANDS: dict[str, Any] = {
     "describe": parts.describe,
 }
 # Options in their signatures, because they may be left out; but people type `moevlm list routers`.
-_FIRST = {"list": "--kind", "describe": "--name", "sync": "--folder"}
+_FIRST = {"list": "--kind", "describe": "--name", "sync": "--folder", "audit": "--path"}
+# jsonargparse reads an option --config itself and leaves it out, so the parameter has another name
+_WITH_CONFIG = ("audit", "export")
 
 
 _GROUPS = {
@@ -49,6 +52,8 @@ def run_command(arguments: Sequence[str]) -> int:
     words = [_underscore(argument) for argument in arguments]
     if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, _FIRST[words[0]])
+    if words[0] in _WITH_CONFIG:
+        words = [re.sub(r"^(-c|--config)(?==|$)", "--configuration", word) for word in words]
     if words[0] == "sweep":
         words = sweep.expand_shorthand(words)
     if words[0] == "describe":

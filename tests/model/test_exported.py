@@ -146,6 +146,8 @@ def test_an_export_is_not_overwritten_by_chance(
         run("export", str(checkpoint_in(place)), "--out", out, code=2)
         assert told in capfd.readouterr().err
     assert not list(place.glob(".*exporting*"))
+    run("export", str(checkpoint_in(place)), "--out", "other", "--config", "elsewhere.yaml", code=2)
+    assert "has no configuration at elsewhere.yaml" in capfd.readouterr().err
 
 
 def test_other_data_do_not_give_their_tokenizer(

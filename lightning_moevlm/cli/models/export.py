@@ -12,7 +12,7 @@ from lightning_moevlm.common.errors import UserError
 def export(
     checkpoint: str,
     out: str | None = None,
-    config: str | None = None,
+    configuration: str | None = None,
     tokenizer: str | None = None,
     force: bool = False,
 ) -> None:
@@ -21,7 +21,7 @@ def export(
     Args:
         checkpoint: Checkpoint of a run, such as RUN/checkpoints/last.ckpt.
         out: Folder to write; by default that of the checkpoint without .ckpt.
-        config: Configuration of its training; by default RUN/config/config.yaml.
+        configuration: --config FILE, the configuration of its training; by default RUN/config/config.yaml.
         tokenizer: File of the tokenizer; by default that of the run's data.
         force: Replace an exported model.
     """
@@ -40,7 +40,7 @@ def export(
     path = Path(checkpoint)
     target = local_target(str(path.with_suffix("")) if out is None else out, "--out")
     refuse_occupied(target, force)
-    run = load_run(path, config)
+    run = load_run(path, configuration)
     read = _tokenizer_of(run.resolved["data"], run.checkpoint) if tokenizer is None else read_tokenizer(tokenizer)
     spec = run.module.backbone.spec
     if read.vocab_size > spec.vocab_size:

@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -34,20 +35,11 @@ def build(origin: Origin) -> nn.Module:
     Raises:
         UserError: transformers is missing, or it cannot build the model.
     """
-    try:
-        import transformers
-        from transformers.initialization import no_init_weights
-    except ImportError as error:
-        raise UserError(
-            "HuggingFaceModel needs transformers, which is not installed: pip install 'lightning-moevlm[hf]'"
-        ) from error
-    if (origin.path is None) == (origin.config is None):
-        raise UserError(
-            "HuggingFaceModel needs either `path`, a directory or the name of a model on the hub, or `config` with "
-            "model_type and sizes: set one of them, and the other to null"
-        )
+    config = read_config(origin)
+    import transformers
+    from transformers.initialization import no_init_weights
+
     with _explained(origin), torch.random.fork_rng(devices=[]):
-        config = _read_config(transformers, origin)
         sees = hasattr(config, "vision_config")
         loader = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": getattr(torch, origin.dtype), "attn_implementation": origin.attention}
@@ -62,6 +54,27 @@ def build(origin: Origin) -> nn.Module:
             model.set_experts_implementation(origin.experts_backend)
     assert isinstance(model, nn.Module)
     return model
+
+
+def read_config(origin: Origin) -> Any:
+    """Return the configuration as transformers has it, with ids of images after those of the data.
+
+    Raises:
+        UserError: transformers is missing, or it does not know the model.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise UserError(
+            "HuggingFaceModel needs transformers, which is not installed: pip install 'lightning-moevlm[hf]'"
+        ) from error
+    if (origin.path is None) == (origin.config is None):
+        raise UserError(
+            "HuggingFaceModel needs either `path`, a directory or the name of a model on the hub, or `config` with "
+            "model_type and sizes: set one of them, and the other to null"
+        )
+    with _explained(origin):
+        return _read_config(transformers, origin)
 
 
 def draw(model: Any, seed: int) -> None:
@@ -115,9 +128,10 @@ def _explained(origin: Origin) -> Iterator[None]:
         raise
     except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
         first = str(error).strip().split("\n")[0]
+        is_remote = origin.path is not None and not Path(origin.path).exists()
         advice = (
-            "; to fetch it from the hub, set model.backbone.local_files_only to false"
-            if origin.path is not None and origin.local_files_only and isinstance(error, OSError)
+            "; to fetch it from the hub, set local_files_only to false"
+            if is_remote and origin.local_files_only and isinstance(error, OSError)
             else ""
         )
         raise UserError(f"transformers cannot build the {what}: {type(error).__name__}: {first}{advice}") from error

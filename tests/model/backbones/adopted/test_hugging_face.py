@@ -127,7 +127,7 @@ def test_nothing_is_fetched_and_mistakes_are_explained(saved: tuple[HuggingFaceM
     sizes = {"image_size": 16, "vocab_size": 300, "max_text_len": 8}
     for options, message in (
         ({}, "either `path`.*or `config`"),
-        ({"path": "nobody/no-such-model"}, "to fetch it from the hub, set model.backbone.local_files_only to false"),
+        ({"path": "nobody/no-such-model"}, "to fetch it from the hub, set local_files_only to false"),
         ({"config": TEXT}, "has no model_type: name a family"),
         ({"config": {"model_type": "no_such_family"}}, "cannot build the config of no_such_family"),
         ({"config": QWEN, "image_size": 20}, "data.image_size 20 is not a multiple of 8"),

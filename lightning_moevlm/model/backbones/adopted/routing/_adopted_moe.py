@@ -69,6 +69,11 @@ class AdoptedMoE(MoEFFN):
         self.replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a part any more
         self.current, self.modality, self.order = current, modality, gate
 
+    @property
+    def theirs(self) -> nn.Module:
+        """The router that stood here."""
+        return self.router.theirs if isinstance(self.router, TheirRouter) else self.replaced[0]
+
     def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":  # type: ignore[override]
         """Route the tokens, and return what their block expects of its router."""
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])

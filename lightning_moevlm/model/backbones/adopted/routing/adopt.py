@@ -82,3 +82,16 @@ def as_before(model: nn.Module) -> Iterator[None]:
             model.set_submodule(path, layer)
             if getattr(layer.router, "keeps_weights", False):
                 carry(layer.replaced[0], layer.router)
+
+
+@contextmanager
+def without_layers(model: nn.Module) -> Iterator[None]:
+    """Put their routers where our layers stand while the block runs, so that the model is as transformers built it."""
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdoptedMoE)}
+    for path, layer in layers.items():
+        model.set_submodule(path, layer.theirs)
+    try:
+        yield
+    finally:
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)

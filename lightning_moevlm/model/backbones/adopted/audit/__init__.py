@@ -1,0 +1,1 @@
+"""Audits the routing of a model of transformers without training it: routers, balance, loads."""
