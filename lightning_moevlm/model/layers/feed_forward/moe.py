@@ -48,6 +48,7 @@ class MoEFFN(FeedForward):
     """
 
     precision = PrecisionPolicy()
+    start_difference: float | None = None  # to the dense layer that it was made of, over its largest output
 
     def __init__(
         self,
@@ -82,7 +83,6 @@ class MoEFFN(FeedForward):
         self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
         self.shared_hidden_norm: nn.Module | None = None
         self.path = ""  # in the backbone, see name_layers
-        self.start_difference: float | None = None  # to the dense layer that it was made of, over its largest output
 
     def add_hidden_norm(self, kind: NormKind) -> None:
         """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
