@@ -45,7 +45,7 @@ def test_every_command_is_one_that_runs_here_or_is_a_target() -> None:
 
 
 SHORT = {  # by subcommand: added to its commands, so that all of them take seconds
-    "build": ("--num_samples", "300"),
+    "build": ("--num_samples", "160"),
     "fit": ("--trainer.max_steps=2", "--trainer.num_sanity_val_steps=1", "--trainer.limit_val_batches=1"),
     "test": ("--trainer.limit_test_batches=1",),
 }
