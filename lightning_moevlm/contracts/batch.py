@@ -125,7 +125,7 @@ class Batch(NamedTuple):
     keys: the samples' WebDataset keys, in order.
     num_pairs: how many leading images and texts belong together; None if every image has its text.
     sources: name of each sample's source (`data.sources`), in order; empty if no loader made the batch.
-    num_cut: texts read for the batch that were cut at the end.
+    num_cut: texts read for the batch that were cut at the end, by source of the loader.
     step: the batches of the whole optimiser step; None if the loader does not look ahead.
     answers: of the texts, which then are questions or statements; None if they are not read.
     second_images_BRYX: like images_BRYX, the other image of samples with two, black where a sample has one; None if not
@@ -142,7 +142,7 @@ class Batch(NamedTuple):
     keys: tuple[str, ...]
     num_pairs: int | None = None
     sources: tuple[str, ...] = ()
-    num_cut: int = 0
+    num_cut: tuple[int, ...] = ()
     step: "WholeStep | None" = None
     answers: Answers | None = None
     second_images_BRYX: Tensor | None = None
@@ -175,7 +175,15 @@ class Batch(NamedTuple):
     @property
     def text_keys(self) -> tuple[str, ...]:
         """Key of the sample of each text."""
-        return () if self.text_BL is None else self.keys[: self.pairs] + self.keys[len(self.image_keys) :]
+        return self._of_texts(self.keys)
+
+    @property
+    def text_sources(self) -> tuple[str, ...]:
+        """Name of the source of each text; empty if no loader made the batch."""
+        return self._of_texts(self.sources)
+
+    def _of_texts(self, of_samples: tuple[str, ...]) -> tuple[str, ...]:
+        return () if self.text_BL is None else of_samples[: self.pairs] + of_samples[len(self.image_keys) :]
 
     def first(self, num_samples: int) -> "Batch":
         """Return the first samples."""

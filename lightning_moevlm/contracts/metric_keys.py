@@ -183,6 +183,9 @@ FIRST_NONFINITE_STEP = MetricKey(
 )
 SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
 TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
+CPU_SECONDS = MetricKey(
+    "throughput/cpu_seconds_per_step", "CPU time of a step, all threads of the process", "s/step", "lower"
+)
 PEAK_DEVICE_MEMORY = MetricKey(
     "memory/peak_device", "peak memory of tensors on the device since training began", "MiB", "lower"
 )
@@ -190,7 +193,7 @@ PEAK_PROCESS_MEMORY = MetricKey("memory/peak_process", "peak resident memory of 
 SOURCE_SAMPLES = MetricKey("data/samples/{source}", "samples read so far", "samples", "neither")
 SOURCE_EPOCHS = MetricKey("data/epochs/{source}", "how often the source has been read", "epochs", "neither")
 SKIPPED_SAMPLES = MetricKey("data/skipped/{cause}", "samples that could not be used so far", "samples", "lower")
-CUT_CAPTIONS = MetricKey("data/cut_captions", "captions that lost their end so far", "fraction", "lower")
+CUT_CAPTIONS = MetricKey("data/cut_captions/{source}", "captions that lost their end so far", "fraction", "lower")
 TOTAL_PARAMETERS = MetricKey("model/total_parameters", "parameters", "parameters", "neither")
 ACTIVE_PARAMETERS = MetricKey("model/active_parameters", "active parameters", "parameters", "neither")
 ACTIVE_FLOPS = MetricKey("model/active_flops_per_sample", "active forward FLOPs", "FLOP/sample", "neither")

@@ -52,16 +52,16 @@ def test_a_loader_counts_them_across_a_resume(scenes_root: Path, num_workers: in
     expected = sum(length > limit for length in lengths)
     assert 0 < expected < len(lengths) == 120
     loader = _data(scenes_root, limit, num_workers=num_workers).train_dataloader()
-    whole = [loader.num_cut for _ in loader]
-    assert (loader.num_texts, loader.num_cut) == (120, expected)
+    whole = [sum(loader.num_cut) for _ in loader]
+    assert (loader.num_texts, loader.num_cut) == ([120], [expected])
     first = _data(scenes_root, limit).train_dataloader()
     for _, _ in zip(range(6), first, strict=False):
         pass
     rest = _data(scenes_root, limit).train_dataloader()
     rest.load_state_dict(first.state_dict())
-    assert [rest.num_cut for _ in rest] == whole[6:]
+    assert [sum(rest.num_cut) for _ in rest] == whole[6:]
     longest = _data(scenes_root, max(lengths)).train_dataloader()
-    assert sum(1 for _ in longest) == 15 and longest.num_cut == 0
+    assert sum(1 for _ in longest) == 15 and longest.num_cut == [0]
 
 
 def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -69,7 +69,7 @@ def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, limit) == [(step, 1.0) for step in (1, 2, 3)]
     (printed,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
-    assert printed.startswith(f"100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end")
+    assert printed.startswith(f"scenes: 100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end")
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, max(_lengths(scenes_root))) == [(step, 0.0) for step in (1, 2, 3)]
@@ -142,7 +142,7 @@ def _fit(root: Path, max_text_len: int) -> list[tuple[int, float]]:
         limit_val_batches=0,
     )
     trainer.fit(module, datamodule=_data(root, max_text_len))
-    return memory.points["data/cut_captions"]
+    return memory.points["data/cut_captions/scenes"]
 
 
 def test_a_check_prints_the_share_for_every_usual_length(tmp_path: Path) -> None:

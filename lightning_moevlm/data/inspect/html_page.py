@@ -49,14 +49,20 @@ class ShownImage(NamedTuple):
     size: str  # as stored: "640 x 480 px, 83.1 kB"
 
 
+class ShownText(NamedTuple):
+    """A caption in the page."""
+
+    text: str
+    tokens: tuple[str, ...]
+
+
 class ShownSample(NamedTuple):
     """A sample in the page."""
 
     key: str
     shard: str
     images: tuple[ShownImage, ...]  # two of a sample about two images
-    caption: str
-    tokens: tuple[str, ...]
+    captions: tuple[ShownText, ...]
     questions: tuple[dict[str, str], ...]
     annotation: str  # indented JSON; "" without a json member
     faults: tuple[str, ...]  # reasons why parts cannot be shown
@@ -156,7 +162,8 @@ def _search_text(sample: RawSample) -> str:
 def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokenizer) -> ShownSample:
     faults: list[str] = []
     images: list[ShownImage] = []
-    caption, annotation = "", None
+    texts: tuple[str, ...] = ()
+    annotation = None
     captions = find_captions(manifest.members, manifest.layout.caption_field)
     for member in manifest.members:
         if member not in sample.members:
@@ -167,7 +174,7 @@ def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokeni
             if (kind := image_kind(member)) is not None:
                 images.append(_show_image(data, kind))
             if captions is not None and member == captions.member:
-                caption = next(iter(captions.read(data)), "")[:_LONG_TEXT]
+                texts = tuple(text[:_LONG_TEXT] for text in captions.read(data))
             if member == "json":
                 annotation = json.loads(data)
         except ValueError as error:
@@ -176,8 +183,7 @@ def _show_sample(sample: RawSample, manifest: Manifest, tokenizer: CaptionTokeni
         key=sample.key,
         shard=sample.shard,
         images=tuple(images),
-        caption=caption,
-        tokens=tuple(tokenizer.decode([i]) for i in tokenizer.ids(caption)),
+        captions=tuple(ShownText(text, tuple(tokenizer.decode([i]) for i in tokenizer.ids(text))) for text in texts),
         questions=_questions(annotation),
         annotation="" if annotation is None else _indent(annotation),
         faults=tuple(faults),

@@ -54,7 +54,7 @@ class LoaderState(TypedDict):
     epoch: int
     batch: int  # batches of the epoch handed out
     samples: list[int]  # handed out so far on this rank, by source
-    texts: list[int]  # samples among them with a text, and those whose text was cut
+    texts_by_source: list[list[int]]  # samples among them with a text, and those whose text was cut
     ranks: dict[int, RankState]  # by number of the rank
     order: dict[str, object]  # all that the order of batches depends on
 
@@ -96,7 +96,7 @@ class ShardLoader:
         self._cursor = reader.next_epoch(Cursor(-1, 0))
         self._resume_here = True
         self.samples = [0] * len(reader.sources)
-        self.num_texts, self.num_cut = 0, 0
+        self.num_texts, self.num_cut = [0] * len(reader.sources), [0] * len(reader.sources)
         self.lost: Counter[Cause] = Counter()
 
     @property
@@ -175,12 +175,11 @@ class ShardLoader:
             stream = batch % self._reader.num_streams
             places = (*places[:stream], delivery.places, *places[stream + 1 :])
         self._cursor = replace(self._cursor, batch=batch + 1, places=places)
-        counts = Counter(delivery.batch.sources)
-        self.samples = [
-            before + counts[source.name] for before, source in zip(self.samples, self._reader.sources, strict=True)
-        ]
-        self.num_texts += len(delivery.batch.text_keys)
-        self.num_cut += delivery.batch.num_cut
+        counts, texts = Counter(delivery.batch.sources), Counter(delivery.batch.text_sources)
+        for number, name in enumerate(self.source_names):
+            self.samples[number] += counts[name]
+            self.num_texts[number] += texts[name]
+            self.num_cut[number] += delivery.batch.num_cut[number]
         if not delivery.lost:
             return
         self.lost.update(delivery.lost)
@@ -206,7 +205,7 @@ class ShardLoader:
             epoch=self._cursor.epoch,
             batch=self._cursor.batch,
             samples=list(self.samples),
-            texts=[self.num_texts, self.num_cut],
+            texts_by_source=[list(self.num_texts), list(self.num_cut)],
             ranks=self._gather_ranks(own),
             order=self._order(),
         )
@@ -237,7 +236,8 @@ class ShardLoader:
         places: Places = tuple(tuple(Place(*place) for place in stream) for stream in own["places"])
         self._cursor = Cursor(int(state_dict["epoch"]), int(state_dict["batch"]), places)
         self.samples = list(state_dict["samples"])
-        self.num_texts, self.num_cut = state_dict.get("texts", [0, 0])  # older checkpoints do not count them
+        none = [0] * len(self.samples)  # older checkpoints do not count them
+        self.num_texts, self.num_cut = map(list, state_dict.get("texts_by_source", [none, none]))
         self.lost = Counter(own["lost"])  # type: ignore[arg-type]  # written by `state_dict`
         self._resume_here = True
 

@@ -209,8 +209,8 @@ class Collate:
         keys = tuple(each.key for each in decoded)
         chats = tuple(each.chat for each in decoded if each.chat is not None) or None
         return Batch(
-            images_BRYX, text_BL, text_mask_BL, keys, num_cut=num_cut, answers=answers, second_images_BRYX=second_BRYX,
-            further_captions=further, chats=chats,
+            images_BRYX, text_BL, text_mask_BL, keys, num_cut=(num_cut,), answers=answers,
+            second_images_BRYX=second_BRYX, further_captions=further, chats=chats,
         )  # fmt: skip
 
     def _encode_further(self, decoded: Sequence[Decoded]) -> FurtherCaptions | None:

@@ -19,12 +19,13 @@ def join_batches(batches: Mapping[int, Batch], names: Sequence[str]) -> Batch:
 
     names: names of all sources.
     """
+    num_cut = tuple(sum(batches[k].num_cut) if k in batches else 0 for k in range(len(names)))
     if not batches:
-        return Batch(None, None, None, (), 0)
+        return Batch(None, None, None, (), 0, num_cut=num_cut)
     sources = tuple(name for k in order_sources(batches) for name in (names[k],) * batches[k].num_samples)
     if len(batches) == 1:
         (only,) = batches.values()
-        return only._replace(num_pairs=only.pairs, sources=sources)
+        return only._replace(num_pairs=only.pairs, sources=sources, num_cut=num_cut)
     ordered = [batches[k] for k in order_sources(batches)]
     return Batch(
         _concatenate([batch.images_BRYX for batch in ordered]),
@@ -33,7 +34,7 @@ def join_batches(batches: Mapping[int, Batch], names: Sequence[str]) -> Batch:
         tuple(key for batch in ordered for key in batch.keys),
         sum(batch.pairs for batch in ordered),
         sources,
-        sum(batch.num_cut for batch in ordered),
+        num_cut,
         answers=_join_answers(ordered),
         second_images_BRYX=_join_second_images(ordered),
         further_captions=_join_further(ordered),

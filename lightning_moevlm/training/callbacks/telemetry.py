@@ -5,7 +5,6 @@ step's own plans; between them the callback counts samples and tokens. Losses ar
 of its last micro-batch on the first rank.
 """
 
-import time
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
@@ -35,6 +34,7 @@ from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown
 from lightning_moevlm.training.optim.named_parts import count_trained
 from lightning_moevlm.training.step.logging_steps import is_logging_step
 from lightning_moevlm.training.step.step_losses import losses_of_step
+from lightning_moevlm.training.step.stopwatch import Stopwatch
 
 _SCALARS = {
     "load_entropy": metric_keys.LOAD_ENTROPY,
@@ -75,12 +75,12 @@ class Telemetry(Callback):
         self._evaluated: set[str] = set()  # keys of a validation
         self._samples = 0
         self._tokens = 0
-        self._seconds = 0.0
-        self._resumed_at = time.perf_counter()
+        self._stopwatch = Stopwatch()
+        self._counted_from = 0  # step that samples, tokens and time are counted from
         self._dispatch: dict[str, str] = {}
         self._in_use: list[str] = []
         self._choices: dict[str, dict[str, str]] = {}  # of dispatchers, by layer and case
-        self._has_reported_truncation = False
+        self._reported_truncation: set[str] = set()  # sources
 
     def state_dict(self) -> dict[str, Any]:
         """Return which dispatchers have run."""
@@ -127,18 +127,17 @@ class Telemetry(Callback):
         self._step_seen = trainer.global_step
         self._first_step = trainer.global_step + 1
         self._reports = []
-        self._samples, self._tokens, self._seconds = 0, 0, 0.0  # of the validation before the first step
-        self._resumed_at = time.perf_counter()
+        self._count_from(trainer.global_step)  # and drop what the validation before the first step has counted
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: throughput excludes validation."""
-        self._seconds += time.perf_counter() - self._resumed_at
+        self._stopwatch.pause()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock again."""
         if trainer.sanity_checking:  # before the first step; Lightning then drops them
             self._evaluated = set(trainer.callback_metrics)
-        self._resumed_at = time.perf_counter()
+        self._stopwatch.resume()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Have the gradient measured before it is clipped."""
@@ -163,35 +162,49 @@ class Telemetry(Callback):
         reports, self._reports = self._reports, []
         if not is_logging_step(trainer, trainer.global_step):
             return
-        now = time.perf_counter()
-        seconds = self._seconds + now - self._resumed_at
-        values = loss_values(losses_of_step(reports, trainer.world_size)) | routing_values(outputs["plans"])
+        speed = self._speed(trainer.global_step, pl_module.device)
+        self._count_from(trainer.global_step)
+        values = speed | loss_values(losses_of_step(reports, trainer.world_size)) | routing_values(outputs["plans"])
         values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
-        values[metric_keys.SAMPLES_PER_SECOND.key()] = self._samples / seconds
-        values[metric_keys.TOKENS_PER_SECOND.key()] = self._tokens / seconds
         values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
         self._write(trainer, values)
         if trainer.global_step == self._first_step:
             refuse_unknown_monitors(trainer, self._evaluated)
         self._report_truncation(trainer, enough=_ENOUGH_CAPTIONS)
         self._log_dispatch(trainer, pl_module)
-        self._samples, self._tokens, self._seconds, self._resumed_at = 0, 0, 0.0, now
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Report truncated captions of a short training."""
         self._report_truncation(trainer, enough=1)
 
+    def _count_from(self, step: int) -> None:
+        self._samples, self._tokens, self._counted_from = 0, 0, step
+        self._stopwatch.restart()
+
+    def _speed(self, step: int, device: torch.device) -> dict[str, float]:
+        """Return throughput, and the CPU time of a step where the CPU computes it, by key."""
+        seconds = self._stopwatch.read()
+        values = {
+            metric_keys.SAMPLES_PER_SECOND.key(): self._samples / seconds.wall,
+            metric_keys.TOKENS_PER_SECOND.key(): self._tokens / seconds.wall,
+        }
+        if device.type == "cpu":
+            values[metric_keys.CPU_SECONDS.key()] = seconds.cpu / (step - self._counted_from)
+        return values
+
     def _report_truncation(self, trainer: Trainer, enough: int) -> None:
-        """Report once the share of truncated captions, if any, when enough have been read."""
+        """Report once for each source the share of truncated captions, if any, when enough have been read."""
         loader = _train_loader(trainer)
-        if self._has_reported_truncation or loader is None or not loader.num_cut or loader.num_texts < enough:
+        if loader is None:
             return
-        self._has_reported_truncation = True
-        rank_zero_info(
-            f"{loader.num_cut / loader.num_texts:.1%} of {loader.num_texts:,} captions are longer than "
-            f"data.max_text_len {trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
-            "`moevlm data check` shows the share by length"
-        )
+        for name, num_cut, num_texts in zip(loader.source_names, loader.num_cut, loader.num_texts, strict=True):
+            if num_cut and num_texts >= enough and name not in self._reported_truncation:
+                self._reported_truncation.add(name)
+                rank_zero_info(
+                    f"{name}: {num_cut / num_texts:.1%} of {num_texts:,} captions are longer than data.max_text_len "
+                    f"{trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
+                    "`moevlm data check` shows the share by length"
+                )
 
     def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
         """Return the size of the update and the effects of gradient stabilisers, by key."""
@@ -289,9 +302,11 @@ def data_values(trainer: Trainer) -> dict[str, float]:
     for name, samples, epochs in zip(loader.source_names, loader.samples, loader.source_epochs, strict=True):
         values[metric_keys.SOURCE_SAMPLES.key(source=name)] = float(samples * trainer.world_size)  # alike on every rank
         values[metric_keys.SOURCE_EPOCHS.key(source=name)] = epochs
-    num_cut, num_texts = _over_ranks(trainer, [loader.num_cut, loader.num_texts])
-    if num_texts:
-        values[metric_keys.CUT_CAPTIONS.key()] = num_cut / num_texts
+    totals = _over_ranks(trainer, [*loader.num_cut, *loader.num_texts])
+    half = len(loader.source_names)
+    for name, num_cut, num_texts in zip(loader.source_names, totals[:half], totals[half:], strict=True):
+        if num_texts:
+            values[metric_keys.CUT_CAPTIONS.key(source=name)] = num_cut / num_texts
     if loader.tolerates_losses:
         total = _over_ranks(trainer, [loader.lost[cause] for cause in CAUSES])
         values |= {

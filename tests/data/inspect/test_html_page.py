@@ -46,7 +46,8 @@ def test_samples_are_shown(scenes_root: Path, tmp_path: Path) -> None:
     for source, sample in zip(images, page.samples, strict=True):
         assert source is not None and source.startswith("data:image/jpeg;base64,")
         assert base64.b64decode(source.partition(",")[2])[:2] == b"\xff\xd8"
-        assert sample.caption in elements.text and "".join(sample.tokens) == sample.caption
+        (caption,) = sample.captions
+        assert caption.text in elements.text and "".join(caption.tokens) == caption.text
         assert len(sample.questions) >= 6 and sample.questions[0]["question"] in elements.text
         json.loads(sample.annotation)
     assert "[\n" not in re.sub(r"\[\n *[\[{]", "", page.samples[0].annotation)  # boxes on one line
@@ -89,7 +90,7 @@ def test_a_filter_looks_at_keys_captions_and_annotations(tmp_path: Path) -> None
         s.key for s in write_page(ShardStorage(str(tmp_path / "set")), "train", 9, key, tmp_path / "page.html").samples
     ] == [key]
     green = write_page(ShardStorage(str(tmp_path / "set")), "train", 100, "GREEN", tmp_path / "page.html").samples
-    assert [s.key for s in green] == [s.key for s in everything if "green" in s.caption]
+    assert [s.key for s in green] == [s.key for s in everything if "green" in s.captions[0].text]
     with pytest.raises(UserError, match=r"no sample of the train split .* contains 'nowhere'"):
         write_page(ShardStorage(str(tmp_path / "set")), "train", 9, "nowhere", tmp_path / "page.html")
 

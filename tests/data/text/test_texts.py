@@ -93,7 +93,9 @@ def test_kept_tars_with_marks_are_read_as_those_without(tmp_path: Path) -> None:
             tuple(batch.text_BL[0].tolist()) for loader in loaders for batch in loader if batch.text_BL is not None
         ]
         page = write_page(ShardStorage(str(out)), "train", 9, None, tmp_path / "page.html")
-        texts.append((sorted(data.tokenizer.decode(ids) for ids in found), sorted(s.caption for s in page.samples)))
+        texts.append(
+            (sorted(data.tokenizer.decode(ids) for ids in found), sorted(s.captions[0].text for s in page.samples))
+        )
         if mark:
             assert (folder / "00000.tar").read_bytes().count(codecs.BOM_UTF8) == 6
     (few, more), (others, more_others) = texts
