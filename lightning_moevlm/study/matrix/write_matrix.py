@@ -43,7 +43,7 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
     page = render("matrix.html.j2", tables=[table for table in tables if table.title != drawn], **values)
     (beside / HTML_FILE).write_text(page, encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(render("matrix.md.j2", tables=tables, **values), encoding="utf-8")
-    (beside / ADVICE_FILE).write_text(render("advice.md.j2", advice=advice_table(matrix)), encoding="utf-8")
+    (beside / ADVICE_FILE).write_text(render("guide.md.j2", shown=advice_table(matrix)), encoding="utf-8")
     record = to_json(matrix) | {"surprises": to_json(find_surprises(matrix))}
     (beside / JSON_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)

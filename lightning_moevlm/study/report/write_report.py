@@ -9,9 +9,12 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.report.make_report import Report
 from lightning_moevlm.study.report.render import render
 from lightning_moevlm.study.report.result_records import RECORDS_FILES, make_records
+from lightning_moevlm.study.report.tables.guide_table import guide_table
 from lightning_moevlm.study.report.tables.table import Table
 
 HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER = "report.html", "report.md", "tables"
+GUIDE_FILE = "guide.md"
+"""The table of tasks and arms alone, to be put into a guide."""
 
 
 def write_report(report: Report, folder: Path) -> Path:
@@ -28,6 +31,9 @@ def write_report(report: Report, folder: Path) -> Path:
     values = {"report": report, "result": report.result, "study": report.result.comparison}
     (beside / HTML_FILE).write_text(render("report.html.j2", **values), encoding="utf-8")
     (beside / MARKDOWN_FILE).write_text(render("report.md.j2", **values), encoding="utf-8")
+    shown = guide_table(report.result)
+    if shown is not None:
+        (beside / GUIDE_FILE).write_text(render("guide.md.j2", shown=shown), encoding="utf-8")
     (beside / TABLES_FOLDER).mkdir()
     for table in report.tables:
         (beside / table_file(table)).write_text(json.dumps(_as_columns(table)) + "\n", encoding="utf-8")
@@ -46,7 +52,7 @@ def refuse_other_folder(folder: Path) -> None:
     """
     if not folder.exists():
         return
-    own = {HTML_FILE, MARKDOWN_FILE, TABLES_FOLDER, *RECORDS_FILES.values()}
+    own = {HTML_FILE, MARKDOWN_FILE, GUIDE_FILE, TABLES_FOLDER, *RECORDS_FILES.values()}
     others = [] if folder.is_dir() else [folder.name]
     others = others or [entry.name for entry in folder.iterdir() if entry.name not in own and entry.suffix != ".png"]
     if others:

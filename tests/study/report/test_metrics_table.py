@@ -6,6 +6,7 @@ from typing import Any
 from lightning_moevlm.contracts.metric_keys import find_trivial
 from lightning_moevlm.study.compare.results import StudyResult
 from lightning_moevlm.study.report.tables.effect_tables import metrics_table
+from lightning_moevlm.study.report.tables.guide_table import guide_table
 from lightning_moevlm.study.report.tables.table import Table
 from lightning_moevlm.tracking.read.series import Series
 from tests.study.compare.test_results import to_result
@@ -40,6 +41,22 @@ def test_a_row_per_metric_has_its_trivial_value_beside_the_arms(tmp_path):
         (f"{ALSO[1]} (fraction)", "–", "–", "0.1000 ± 0.0000", "0.1000 ± 0.0000"),
         (f"{ALSO[2]} (fraction)", "–", "–", "–", "–"),
     )
+
+
+def test_a_guide_gets_titles_and_what_needs_no_training(tmp_path):
+    table = guide_table(compare(tmp_path, VQA))
+    assert table.columns == ("task, metric", "without training", "baseline", "fast")
+    assert table.rows == (
+        ("VQA accuracy (all)", "0.250 (VQA accuracy of the best constant answer)", "0.550 ± 0.071", "0.750 ± 0.071"),
+        (
+            "retrieval recall (k 1, image_to_text)",
+            "0.015 to 0.020 (recall of a random ranking)",
+            *("0.750 ± 0.000",) * 2,
+        ),
+        ("dropped pairs (block 1, text)", "–", "0.100 ± 0.000", "0.100 ± 0.000"),
+        ("zero-shot classification (top1)", "–", "–", "–"),
+    )
+    assert guide_table(compare(tmp_path, {})) is None
 
 
 def test_a_metric_that_no_run_logs_is_told_with_the_nearest_name(tmp_path):
