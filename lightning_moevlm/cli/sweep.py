@@ -46,7 +46,7 @@ def run(
 
     Args:
         file: Study file, e.g. ablations/quickstart.yaml. Or a folder of cure studies: each of them, then the matrix,
-            then its strongest cells again on `fresh_seeds`.
+            then some of its cells again on `fresh_seeds`.
         jobs: Runs at once; by default one per GPU, or one per core without a GPU; unlimited on a cluster.
         retry: Run failed runs again, from step 0; one that --timeout_minutes ended resumes from its last checkpoint.
         only: Runs to train, arm=NAME[,NAME] or seed=NUMBER. May be repeated; then only runs that match all of them
@@ -98,7 +98,7 @@ def status(file: str, json: str | None = None, only: list[str] | None = None) ->
 def report(
     file: str,
     json: str | None = None,
-    records: Literal["arms", "factors", "learning_rates", "fairness"] | None = None,
+    records: Literal["arms", "factors", "learning_rates", "claims", "fairness"] | None = None,
     unfair: bool = False,
     full: bool = False,
 ) -> None:
@@ -108,8 +108,8 @@ def report(
         file: Study file, e.g. ablations/quickstart.yaml.
         json: Write records to this file as JSON instead of the finding; - is standard output.
         records: Content of `json`: factors (main effects, interactions), arms (effects, stability, cost), learning
-            rates, or differences between runs that may bias the result. By default
-            factors if the design crosses them, else arms.
+            rates, published claims, or differences between runs that may bias the result. By default factors if the
+            design crosses them, else arms.
         unfair: Compare also runs that differ in steps, schedule, batch, data or their order.
         full: Also print every table of the report.
     """

@@ -1,7 +1,8 @@
-"""Carries the cure studies of a folder through: train what is missing, draw the matrix, repeat its strongest cells.
+"""Carries the cure studies of a folder through: train what is missing, draw the matrix, repeat some of its cells.
 
 One command does all of it and resumes: finished studies are skipped, healthy runs that another study has trained are
-taken, and the strongest cells are chosen anew only from complete studies, so the choice stays.
+taken, and the strongest cells are chosen anew only from complete studies, so the choice stays. Cells that their study
+has named beforehand are repeated in any case.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +77,7 @@ def plan_folder(path: str, builders: Callable[[], Builders], only: Sequence[str]
 
 
 def run(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console", run_study: RunStudy) -> int:
-    """Train what is missing, draw the matrix, then repeat its strongest cells on fresh seeds and draw it again.
+    """Train what is missing, draw the matrix, then repeat cells on fresh seeds and draw it again.
 
     Where arms are selected nothing is repeated: that is a look at a part.
 
@@ -117,15 +118,13 @@ def draw(cures: CureFolder, builders: Callable[[], Builders], terminal: "Console
 
 
 def collect(cures: CureFolder, make: Builders) -> tuple["Matrix", tuple[Plan, ...]]:
-    """Return the matrix of what has run, and the studies that repeat its strongest cells, if it is complete."""
+    """Return the matrix of what has run, and the studies that repeat cells: the strongest ones if it is complete."""
     from lightning_moevlm.study.matrix.judge_matrix import make_matrix
     from lightning_moevlm.study.matrix.strongest import FRESH
 
     plans = [keep_seeds(planned, cures.only) for planned in cures.plans]
     rows, part = [_collect_row(planned) for planned in plans], _describe_part(cures.plans, plans)
     first = make_matrix(cures.name, cures.folder, rows, {}, part)
-    if first.missing:
-        return first, ()
     repetitions = _plan_repetitions(cures, first, make)
     fresh = {planned.comparison.name.removesuffix(FRESH): _collect_row(planned) for planned in repetitions}
     return make_matrix(cures.name, cures.folder, rows, fresh, part), repetitions
@@ -170,7 +169,7 @@ def _collect_row(planned: Plan) -> "Row":
 
 
 def _plan_repetitions(cures: CureFolder, matrix: "Matrix", make: Builders) -> tuple[Plan, ...]:
-    """Plan the studies that repeat the strongest cells."""
+    """Plan the studies that repeat the cells that were named for it, and the strongest ones of a complete matrix."""
     from lightning_moevlm.study.matrix.strongest import find_strongest, repeat
 
     studies = {}
@@ -178,8 +177,11 @@ def _plan_repetitions(cures: CureFolder, matrix: "Matrix", make: Builders) -> tu
         design = planned.comparison.design
         if design is not None and design.cure_study is not None and design.cure_study.fresh_seeds:
             studies[planned.comparison.name] = planned.study
-    chosen = find_strongest(matrix, frozenset(studies))
+    strongest = {} if matrix.missing else find_strongest(matrix, frozenset(studies))
+    named = {row.illness: tuple(cell.arm for cell in row.cells if cell.is_named) for row in matrix.rows}
     sweeps = cures.plans[0].folder.parent
     return tuple(
-        plan_study(repeat(studies[name], arms), make.resolve, make.describe, sweeps) for name, arms in chosen.items()
+        plan_study(repeat(study, arms), make.resolve, make.describe, sweeps)
+        for name, study in studies.items()
+        if (arms := (*named[name], *strongest.get(name, ())))
     )

@@ -69,7 +69,9 @@ def test_a_run_prints_and_logs_the_share(scenes_root: Path, caplog: pytest.LogCa
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, limit) == [(step, 1.0) for step in (1, 2, 3)]
     (printed,) = [record.getMessage() for record in caplog.records if "captions" in record.getMessage()]
-    assert printed.startswith(f"scenes: 100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end")
+    assert printed.startswith(
+        f"scenes: 100.0% of 24 captions are longer than data.max_text_len {limit} and lose their end"
+    )
     caplog.clear()
     with caplog.at_level(logging.INFO):
         assert _fit(scenes_root, max(_lengths(scenes_root))) == [(step, 0.0) for step in (1, 2, 3)]

@@ -1,21 +1,24 @@
 """Makes a row of the matrix from the runs of one cure study, each cell as a single comparison."""
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from typing import Literal
 
+from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.study.compare.collect_results import measure_throughput
 from lightning_moevlm.study.compare.judged_runs import judge_learned
 from lightning_moevlm.study.compare.results import RunResult, make_rule, peak_memory_of_run, read_finals
 from lightning_moevlm.study.declare.comparison import Arm, Comparison
 from lightning_moevlm.study.declare.designs.cures import HEALTHY, ILLNESS, SICK
 from lightning_moevlm.study.declare.factors import ON
-from lightning_moevlm.study.matrix.records import Cell, CellKind, Outcome, Row, SideEffect
+from lightning_moevlm.study.matrix.records import Cell, CellKind, Outcome, Row, SideEffect, StepTime
 from lightning_moevlm.study.matrix.signs import find_lead
 from lightning_moevlm.study.plan.run_identity import compute_digest
 from lightning_moevlm.study.run.ledger import Status
 from lightning_moevlm.study.statistics.cures.cure_effect import judge_cell
 from lightning_moevlm.study.statistics.cures.damage import judge_damage
+from lightning_moevlm.study.statistics.equal_budget import median_after_warm_up
 from lightning_moevlm.study.statistics.outcomes.arm_stability import summarise_recovery
 from lightning_moevlm.study.statistics.outcomes.stability import TRAIN_LOSS, recovery
 from lightning_moevlm.study.statistics.outcomes.survival import Survival
@@ -25,6 +28,7 @@ from lightning_moevlm.tracking.read.series import Series
 Runs = Sequence[RunResult]
 _ALL, _ALL_BUT = f"{SICK}__all", f"{SICK}__all_but_"
 _STEADY = 1.25  # slowest by fastest run of an arm, up to which their times are compared
+_CPU_SECONDS = metric_keys.CPU_SECONDS.key()
 
 
 def collect_row(study: Comparison, results: Runs) -> Row:
@@ -40,6 +44,9 @@ def collect_row(study: Comparison, results: Runs) -> Row:
     finals = {name: read_finals(runs, study.primary) for name, runs in by_arm.items()}
     missing = {name: name_missing(runs) for name, runs in by_arm.items()}
     shared = missing[HEALTHY] + missing[SICK]
+    design = study.design
+    assert design is not None and design.cure_study is not None, "a cure study"
+    named = design.cure_study.fresh_arms
     cells, side_effects = [], []
     for arm in study.arms:
         cures = _cures_on(arm)
@@ -53,9 +60,8 @@ def collect_row(study: Comparison, results: Runs) -> Row:
             effect = judge_cell(finals[HEALTHY], finals[SICK], finals[arm.name], study.seeds, rule)
         kind = _kind(arm.name, cures)
         outcome = _outcome(study, by_arm[arm.name])
-        cells.append(Cell(arm.name, kind, cures, _label(arm.name, kind, cures), effect, outcome, missing[arm.name]))
-    design = study.design
-    assert design is not None and design.cure_study is not None, "a cure study"
+        label, is_named = _label(arm.name, kind, cures), arm.name in named
+        cells.append(Cell(arm.name, kind, cures, label, effect, outcome, missing[arm.name], is_named=is_named))
     signs = () if shared else design.cure_study.signs
     return Row(
         illness=study.name,
@@ -68,7 +74,7 @@ def collect_row(study: Comparison, results: Runs) -> Row:
         damage=None if shared else judge_damage(finals[HEALTHY], finals[SICK], study.seeds, rule),
         healthy=_outcome(study, by_arm[HEALTHY]),
         sick=_outcome(study, by_arm[SICK]),
-        claims=design.cure_study.claims,
+        recommendations=design.cure_study.recommendations,
         signs=tuple(
             find_lead(
                 sign,
@@ -101,7 +107,7 @@ def _side_effect(study: Comparison, rule: Rule, cure: str, healthy: Runs, cured:
         (study.name,),
         None if missing else judge_damage(before, after, study.seeds, rule).effect,
         _outcome(study, cured),
-        _relative_time([_seconds(run) for run in cured], [_seconds(run) for run in healthy]),
+        _compare_times(cured, healthy),
         _relative([peak_memory_of_run(run) for run in cured], [peak_memory_of_run(run) for run in healthy]),
         missing,
     )
@@ -114,22 +120,37 @@ def _outcome(study: Comparison, runs: Runs) -> Outcome:
     return Outcome(survival, survival.interval(alpha), summarise_recovery(steps, alpha), is_known)
 
 
-def _seconds(run: RunResult) -> float | None:
+def _compare_times(ours: Runs, theirs: Runs) -> StepTime | None:
+    """Return the relative wall time of a step, else its relative CPU time; None if neither can be compared.
+
+    Times whose runs of one arm differ by more than `_STEADY` are not compared: other work ran beside some of the runs,
+    and a difference between the arms may be due to it.
+    """
+    clocks: tuple[tuple[Literal["wall", "CPU"], Callable[[RunResult], float | None]], ...] = (
+        ("wall", _wall_seconds),
+        ("CPU", _cpu_seconds),
+    )
+    for clock, read in clocks:
+        mine, usual = [read(run) for run in ours], [read(run) for run in theirs]
+        if _is_steady(mine) and _is_steady(usual) and (more := _relative(mine, usual)) is not None:
+            return StepTime(more, clock)
+    return None
+
+
+def _is_steady(times: Sequence[float | None]) -> bool:
+    known = [time for time in times if time is not None]
+    return not known or max(known) <= _STEADY * min(known)
+
+
+def _wall_seconds(run: RunResult) -> float | None:
     """Return the seconds per sample of a run."""
     speed = measure_throughput(run)
     return 1 / speed if speed else None
 
 
-def _relative_time(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:
-    """Return the relative time; None if the runs of one arm differ by more than `_STEADY`.
-
-    Then other work ran beside some of them, and a difference between arms may be due to it.
-    """
-    for times in (ours, theirs):
-        known = [time for time in times if time is not None]
-        if known and max(known) > _STEADY * min(known):
-            return None
-    return _relative(ours, theirs)
+def _cpu_seconds(run: RunResult) -> float | None:
+    """Return the CPU seconds per step of a run."""
+    return median_after_warm_up(run.series.get(_CPU_SECONDS))
 
 
 def _relative(ours: Sequence[float | None], theirs: Sequence[float | None]) -> float | None:

@@ -13,10 +13,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 
 from lightning_moevlm.study.matrix.records import Cell, Matrix, Row, SideEffect
-from lightning_moevlm.study.matrix.tables import CLAIMED, share_table
+from lightning_moevlm.study.matrix.tables import RECOMMENDED, share_table
 from lightning_moevlm.study.matrix.texts import (
     UNPROVED,
     describe_cost,
+    describe_time,
     format_share,
     format_share_interval,
 )
@@ -74,8 +75,8 @@ def _draw(matrix: Matrix) -> Figure:
         alone = row.alone()
         for place, cell in enumerate([*(alone.get(cure) for cure in matrix.cures), row.everything]):
             if cell is not None:
-                is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
-                _draw_cell(axes, column, place, cell, is_claimed)
+                is_recommended = cell.kind == "alone" and row.recommends(cell.cures[0])
+                _draw_cell(axes, column, place, cell, is_recommended)
     _draw_strips(axes, matrix)
     _label(axes, matrix, names)
     return figure
@@ -94,8 +95,8 @@ def _label(axes: Axes, matrix: Matrix, names: tuple[str, ...]) -> None:
     axes.spines[:].set_visible(False)
     axes.set_xlabel(
         "share of the damage undone, in % with its interval; k/n: stable runs, where some failed; "
-        f"{CLAIMED}: a source claims it;\n= and ≠: the verdict on fresh seeds agrees or differs; bold: the illness is "
-        "proved",
+        f"{RECOMMENDED}: a source recommends it;\n= and ≠: the verdict on fresh seeds agrees or differs; "
+        "*: fresh seeds decide; bold: the illness is proved",
         fontsize=8,
     )
     for label, row in zip(axes.get_xticklabels(), matrix.rows, strict=False):
@@ -118,13 +119,13 @@ def _label_illness(row: Row) -> str:
     return "\n".join(lines)
 
 
-def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool) -> None:
-    effect = cell.effect
+def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_recommended: bool) -> None:
+    effect = cell.decisive
     fill, ink = _PLAIN if effect is None else _FILL.get(effect.verdict, _PLAIN)
     _box(axes, column, place, fill, dashed=effect is None)
-    if is_claimed:
+    if is_recommended:
         mark = INK if effect is None else ink
-        axes.text(column + 0.45, place - 0.42, CLAIMED, ha="right", va="top", fontsize=8, color=mark)
+        axes.text(column + 0.45, place - 0.42, RECOMMENDED, ha="right", va="top", fontsize=8, color=mark)
     if effect is None:
         axes.text(column, place, "incomplete", ha="center", va="center", fontsize=7, style="italic", color=INK)
         return
@@ -132,10 +133,10 @@ def _draw_cell(axes: Axes, column: int, place: int, cell: Cell, is_claimed: bool
     if effect.share is None:
         axes.text(column, place, f"–{survived}", ha="center", va="center", fontsize=8, color=ink)
         return
-    mark = {True: " =", False: " ≠", None: ""}[cell.agrees]
-    share = f"{format_share(effect.share)} {effect.verdict}{mark}"
+    mark = " *" if cell.is_decided_afresh else {True: " =", False: " ≠", None: ""}[cell.agrees]
+    share = f"{format_share(effect.share.estimate)} {effect.verdict}{mark}"
     axes.text(column, place - 0.17, share, ha="center", va="center", fontsize=8.5, weight="bold", color=ink)
-    interval = format_share_interval(effect.interval) if effect.interval else ""
+    interval = format_share_interval(effect.share.interval)
     axes.text(column, place + 0.24, f"{interval}{survived}", ha="center", va="center", fontsize=7, color=ink)
 
 
@@ -152,7 +153,7 @@ def _strips(matrix: Matrix) -> list[_Strip]:
     """Return the columns; of several healthy models the side effects alone, each named by its first illness."""
     models = matrix.by_healthy_model
     if len(models) == 1:
-        costs = (("time of a step", lambda one: describe_cost(one.time)), ("peak memory", _describe_memory))
+        costs = (("time of a step", lambda one: describe_time(one.time)), ("peak memory", _describe_memory))
         effect = _Strip("healthy:\nside effect", models[0], _describe_effect, True)
         return [effect, *(_Strip(f"healthy:\n{word}", models[0], read) for word, read in costs)]
     firsts = [next(iter(model.values())).studies[0] for model in models]

@@ -2,9 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
-from lightning_moevlm.study.declare.designs.design import Claim
+from lightning_moevlm.study.declare.designs.design import Recommendation
 from lightning_moevlm.study.matrix.signs import SignLead
 from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict
 from lightning_moevlm.study.statistics.cures.damage import Damage
@@ -49,6 +49,20 @@ class Cell:
     """Whether the verdict is the same if all cells of the matrix are one family."""
     fresh: CureEffect | None = None
     """The same on fresh seeds; None if it was not repeated."""
+    is_named: bool = False
+    """Whether the study named it for fresh seeds beforehand."""
+
+    @property
+    def is_decided_afresh(self) -> bool:
+        """Whether the fresh seeds decide what the first ones leave unclear, of a cell that was named for them."""
+        if not self.is_named or self.effect is None or self.effect.share is None or self.fresh is None:
+            return False
+        return self.effect.verdict is CureVerdict.UNCLEAR and self.fresh.verdict is not CureVerdict.UNCLEAR
+
+    @property
+    def decisive(self) -> CureEffect | None:
+        """What its verdict is taken from: the first seeds, or the fresh ones where these decide."""
+        return self.fresh if self.is_decided_afresh else self.effect
 
     @property
     def agrees(self) -> bool | None:
@@ -62,10 +76,21 @@ class Cell:
         """The same in words; a cure that works on both may work better on one."""
         if self.effect is None or self.fresh is None:
             return ""
+        if self.is_decided_afresh:
+            return "decide"
         if self.agrees:
             return "agree"
         both = {self.effect.verdict, self.fresh.verdict} == {CureVerdict.CURES, CureVerdict.HELPS}
         return "differ, both work" if both else "differ"
+
+
+class StepTime(NamedTuple):
+    """The time of a step with a cure."""
+
+    more: float
+    """Relative to the healthy model's, minus 1."""
+    clock: Literal["wall", "CPU"]
+    """CPU if the wall times of runs of one arm differ too much to be compared."""
 
 
 @dataclass(frozen=True)
@@ -81,10 +106,10 @@ class SideEffect:
     """Cured minus healthy in the primary metric's unit; failed runs with capped values. None if runs are missing."""
     outcome: Outcome
     """Of the model with the cure."""
-    time: float | None
-    """Time of a step relative to the healthy model's, minus 1."""
+    time: StepTime | None
+    """None if it is not known, or if other work ran beside some runs."""
     memory: float | None
-    """Peak memory likewise."""
+    """Peak memory relative to the healthy model's, minus 1."""
     missing: tuple[str, ...] = ()
 
 
@@ -107,7 +132,7 @@ class Row:
     healthy: Outcome
     sick: Outcome
     signs: tuple[SignLead, ...]
-    claims: tuple[Claim, ...] | None
+    recommendations: tuple[Recommendation, ...] | None
     """Cures that a source names against it; None: the study does not say."""
     cells: tuple[Cell, ...]
     side_effects: tuple[SideEffect, ...]
@@ -124,9 +149,9 @@ class Row:
         """The cell of all cures together; None if the study does not try that."""
         return next((cell for cell in self.cells if cell.kind == "all"), None)
 
-    def is_claimed(self, cure: str) -> bool:
+    def recommends(self, cure: str) -> bool:
         """Whether a source names the cure against this illness."""
-        return any(claim.cure == cure for claim in self.claims or ())
+        return any(one.cure == cure for one in self.recommendations or ())
 
     def alone(self) -> dict[str, Cell]:
         """Return the cells of single cures, by cure."""

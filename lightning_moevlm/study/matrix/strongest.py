@@ -44,6 +44,6 @@ def repeat(study: Study, arms: tuple[str, ...]) -> Study:
 
 
 def _strength(cell: Cell) -> float:
-    assert cell.effect is not None
-    interval = cell.effect.interval
-    return 0.0 if interval is None else min(abs(interval.low), abs(interval.high))
+    assert cell.effect is not None and cell.effect.share is not None, "it has a verdict"
+    interval = cell.effect.share.interval
+    return min(abs(interval.low), abs(interval.high))

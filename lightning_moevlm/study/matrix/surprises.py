@@ -12,14 +12,14 @@ from lightning_moevlm.study.matrix.texts import NOTABLE, describe_share, describ
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
 from lightning_moevlm.study.statistics.verdict import Verdict
 
-Kind = Literal["harms", "together only", "unclaimed", "claim not seen", "side effect"]
+Kind = Literal["harms", "together only", "not recommended", "recommendation not seen", "side effect"]
 
 _WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
 _NOT_FOUND: dict[Kind, str] = {
     "harms": f"No cure is shown to harm a sick model by {NOTABLE:.0%} of the damage or more.",
     "together only": "No cures are shown to work together only.",
-    "unclaimed": "No cure is shown to work notably against an illness that it is not claimed to treat.",
-    "claim not seen": "No claimed cure is shown to do nothing, or to harm.",
+    "not recommended": "No cure is shown to work notably against an illness that no source recommends it for.",
+    "recommendation not seen": "No recommended cure is shown to do nothing, or to harm.",
     "side effect": "No cure is shown to change a healthy model.",
 }
 
@@ -52,34 +52,38 @@ def describe_surprises(matrix: Matrix) -> tuple[str, ...]:
     told: list[str] = []
     for kind, nothing in _NOT_FOUND.items():
         told += [one.text for one in found if one.kind == kind] or [nothing]
-    silent = [row.illness for row in matrix.rows if row.claims is None]
-    return (*told, f"Claims are not declared for {', '.join(silent)}.") if silent else tuple(told)
+    silent = [row.illness for row in matrix.rows if row.recommendations is None]
+    return (*told, f"Recommendations are not declared for {', '.join(silent)}.") if silent else tuple(told)
 
 
 _SIDE_EFFECTS = {Verdict.HURTS: "harms", Verdict.HELPS: "improves"}
 
 
 def _of_cell(row: Row, cell: Cell) -> list[Surprise]:
-    if cell.effect is None:
+    effect = cell.decisive
+    if effect is None:
         return []
-    verdict, found, is_notable = cell.effect.verdict, [], abs(cell.effect.share or 0.0) >= NOTABLE
+    verdict, found = effect.verdict, []
+    is_notable = effect.share is not None and abs(effect.share.estimate) >= NOTABLE
 
     def add(kind: Kind, told: str) -> None:
-        again = {True: " Fresh seeds agree.", False: " Fresh seeds differ.", None: ""}[cell.agrees]
+        again = f" Fresh seeds {cell.agreement}." if cell.agreement else ""
         found.append(Surprise(kind, row.illness, cell.label, f"{row.illness}: {told}.{again}"))
 
-    share = describe_share(cell.effect)
+    share = describe_share(effect)
     if verdict is CureVerdict.HARMS and is_notable:
         add("harms", f"{cell.label} harms, {share} of the damage undone")
     alone = row.alone()
-    parts = [alone[cure].effect for cure in cell.cures if cure in alone]
+    parts = [alone[cure].decisive for cure in cell.cures if cure in alone]
     works_alone = any(part and part.verdict in _WORKS for part in parts)
     if cell.kind in ("together", "all") and verdict in _WORKS and len(parts) > 1 and not works_alone:
         add("together only", f"{cell.label} {verdict} ({share}), and no part of it is shown to do so alone")
-    if cell.kind == "alone" and row.claims is not None:
-        is_claimed = row.is_claimed(cell.cures[0])
-        if verdict in _WORKS and is_notable and not is_claimed:
-            add("unclaimed", f"{cell.label} {verdict} ({share}), though no source names it against this illness")
-        if is_claimed and verdict in (CureVerdict.NONE, CureVerdict.HARMS):
-            add("claim not seen", f"{cell.label} is claimed to treat it, and is shown not to ({share}, {verdict})")
+    if cell.kind == "alone" and row.recommendations is not None:
+        is_recommended = row.recommends(cell.cures[0])
+        if verdict in _WORKS and is_notable and not is_recommended:
+            add("not recommended", f"{cell.label} {verdict} ({share}), though no source names it against this illness")
+        if is_recommended and verdict in (CureVerdict.NONE, CureVerdict.HARMS):
+            add(
+                "recommendation not seen", f"{cell.label} is recommended, and is shown not to work ({share}, {verdict})"
+            )
     return found

@@ -13,14 +13,15 @@ from lightning_moevlm.study.matrix.texts import (
     describe_share,
     describe_side_effect,
     describe_stable,
+    describe_time,
     find_side_effect,
 )
 from lightning_moevlm.study.report.tables.stability_tables import format_recovery
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_signed
-from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureEffect, CureVerdict
+from lightning_moevlm.study.statistics.cures.cure_effect import CURED, HALF, CureVerdict
 from lightning_moevlm.study.statistics.paired_tests import format_p
 
-CLAIMED = "†"
+RECOMMENDED = "†"
 """Mark of a cell whose cure a source names against the illness."""
 
 _WORKS = (CureVerdict.CURES, CureVerdict.HELPS)
@@ -30,6 +31,10 @@ _SEEN: dict[CureVerdict, str] = {
     CureVerdict.NONE: "not seen",
     CureVerdict.HARMS: "not seen",
 }
+_CLOCK = (
+    "(CPU): CPU time, since the wall times of one arm's runs differ by more than a quarter: other work ran beside "
+    "them. No time is shown if CPU times differ as much or were not logged."
+)
 _MOST_ADVICE = 3  # cures named for one illness
 
 
@@ -39,7 +44,7 @@ def all_tables(matrix: Matrix) -> tuple[Table, ...]:
         advice_table(matrix),
         illness_table(matrix),
         share_table(matrix),
-        claims_table(matrix),
+        recommendation_table(matrix),
         combination_table(matrix),
         side_effect_table(matrix),
         fresh_table(matrix),
@@ -76,7 +81,7 @@ def advice_table(matrix: Matrix) -> Table:
             "keys that a cure sets.",
             "perhaps: no cure of this illness is shown to work, and the interval of this one alone excludes 0.",
             "Side effect: on the healthy model, in the metric's unit. Time of a step and peak memory: relative to it.",
-            "No time is shown where the runs of one arm differ by more than a quarter: other work ran beside them.",
+            _CLOCK,
         ),
         essential=3,
     )
@@ -120,7 +125,7 @@ def share_table(matrix: Matrix) -> Table:
     for row in matrix.rows:
         alone = row.alone()
         cells = [*(alone.get(cure) for cure in matrix.cures), *(row.everything for _ in matrix.all_column)]
-        rows.append((row.illness, *(NOTHING if cell is None else _mark_claim(row, cell) for cell in cells)))
+        rows.append((row.illness, *(NOTHING if cell is None else _mark_recommended(row, cell) for cell in cells)))
     return Table(
         "Share of the damage undone by each cure",
         ("illness", *matrix.cures, *matrix.all_column),
@@ -130,7 +135,7 @@ def share_table(matrix: Matrix) -> Table:
             "brackets Fieller's interval. No entry: not tried.",
             f"cures: {CURED:.0%} or more by estimate, and shown to exceed {HALF:.0%}; helps: shown to exceed 0; "
             f"harms: shown to be less than 0; none: shown to lie within ±{HALF:.0%}; unclear: none of these is shown.",
-            f"{CLAIMED}: a source names the cure against this illness; the table of claims has it.",
+            f"{RECOMMENDED}: a source names the cure against this illness; the table of recommendations has it.",
             "2/3 stable: runs that neither diverged nor failed to learn by the study's rule, and the exact interval of "
             "their share. Named where some failed.",
         ),
@@ -138,23 +143,23 @@ def share_table(matrix: Matrix) -> Table:
     )
 
 
-def claims_table(matrix: Matrix) -> Table:
-    """Return what is claimed of cures, beside what is shown."""
+def recommendation_table(matrix: Matrix) -> Table:
+    """Return which cures sources recommend, beside what is shown."""
     rows = []
     for row in matrix.rows:
         alone = row.alone()
-        for claim in row.claims or ():
-            effect = alone[claim.cure].effect
+        for one in row.recommendations or ():
+            effect = alone[one.cure].decisive
             seen = "not run yet" if effect is None else _SEEN.get(effect.verdict, "not shown")
             verdict = NOTHING if effect is None else str(effect.verdict)
-            rows.append((row.illness, claim.cure, claim.source, describe_share(effect), verdict, seen))
+            rows.append((row.illness, one.cure, one.source, describe_share(effect), verdict, seen))
     return Table(
-        "What is claimed, and what is seen",
-        ("illness", "cure", "claimed by", "share undone", "verdict", "claim"),
+        "What is recommended, and what is seen",
+        ("illness", "cure", "recommended by", "share undone", "verdict", "here"),
         tuple(rows),
         (
-            "seen: the cure is shown to work here. not seen: it is shown not to. not shown: neither is. A claim about "
-            "another size or task is not refuted by a small model.",
+            "seen: the cure is shown to work here. not seen: it is shown not to. not shown: neither is. A small "
+            "model does not refute what a source says of another size or task.",
         ),
         essential=4,
     )
@@ -191,11 +196,11 @@ def combination_table(matrix: Matrix) -> Table:
         (
             row.illness,
             cell.label,
-            describe_share(cell.effect),
-            str(cell.effect.verdict) if cell.effect else NOTHING,
-            NOTHING if cell.effect is None or cell.effect.p_adjusted is None else f"{cell.effect.p_adjusted:.2g}",
+            describe_share(cell.decisive),
+            str(cell.decisive.verdict) if cell.decisive else NOTHING,
+            _describe_p(cell),
             describe_stable(cell.outcome),
-            cell.effect.note if cell.effect else f"{len(cell.missing)} runs missing",
+            _describe_note(cell) if cell.decisive else f"{len(cell.missing)} runs missing",
         )
         for row in matrix.rows
         for cell in row.cells
@@ -218,7 +223,7 @@ def side_effect_table(matrix: Matrix) -> Table:
             describe_side_effect(one),
             str(one.effect.text) if one.effect else f"{len(one.missing)} runs missing",
             describe_stable(one.outcome),
-            describe_cost(one.time),
+            describe_time(one.time),
             describe_cost(one.memory),
             ", ".join(one.studies),
         )
@@ -231,20 +236,21 @@ def side_effect_table(matrix: Matrix) -> Table:
         (
             "Effect: with the cure minus without, in the primary metric's unit, paired by seed. A cure that the "
             "healthy model has already is not measured.",
-            "Time and memory: medians of runs, relative to the healthy model. No time is shown where other work ran "
-            "beside some runs.",
+            "Time and memory: medians of runs, relative to the healthy model.",
+            _CLOCK,
         ),
         essential=6,
     )
 
 
 def fresh_table(matrix: Matrix) -> Table:
-    """Return the strongest cells beside their repetition on fresh seeds."""
+    """Return the repeated cells on the first and on fresh seeds."""
     cells = matrix.repeated
     rows = tuple(
         (
             illness,
             cell.label,
+            "by its study" if cell.is_named else "as strong",
             describe_share(cell.effect),
             str(cell.effect.verdict) if cell.effect else NOTHING,
             describe_share(cell.fresh),
@@ -254,10 +260,16 @@ def fresh_table(matrix: Matrix) -> Table:
         for illness, cell in cells
     )
     return Table(
-        "The strongest cells again, on fresh seeds",
-        ("illness", "cure", "share undone", "verdict", "on fresh seeds", "verdict there", "verdicts"),
+        "Cells repeated on fresh seeds",
+        ("illness", "cure", "chosen", "share undone", "verdict", "on fresh seeds", "verdict there", "verdicts"),
         rows,
-        (describe_fresh(matrix), "The cells were chosen by the first seeds alone: those that are shown to do most."),
+        (
+            describe_fresh(matrix),
+            "as strong: by the first seeds alone, which show that the cure does most. by its study: named beforehand, "
+            "whatever the first seeds show.",
+            "decide: the first seeds leave the cell unclear, and the fresh ones do not. Its verdict is that of the "
+            "fresh seeds. Such a cell has had two chances of a false verdict.",
+        ),
     )
 
 
@@ -275,24 +287,28 @@ def missing_table(matrix: Matrix) -> Table:
 
 def _is_worth(cell: Cell) -> bool:
     """Whether a cell is shown to undo a share that is worth a switch."""
-    effect = cell.effect
-    return effect is not None and effect.verdict in _WORKS and effect.share is not None and effect.share >= NOTABLE
+    effect = cell.decisive
+    if effect is None or effect.share is None:
+        return False
+    return effect.verdict in _WORKS and effect.share.estimate >= NOTABLE
 
 
 def _may_work(cell: Cell) -> bool:
     """Whether a cell seems to undo such a share, and only the correction for the others stands against it."""
-    effect = cell.effect
-    is_unclear = effect is not None and effect.verdict is CureVerdict.UNCLEAR
-    return is_unclear and effect is not None and (effect.share or 0.0) >= NOTABLE and _excludes_0(effect)
+    effect = cell.decisive
+    if effect is None or effect.share is None or effect.verdict is not CureVerdict.UNCLEAR:
+        return False
+    return effect.share.estimate >= NOTABLE and effect.share.interval.low > 0
 
 
-def _excludes_0(effect: CureEffect) -> bool:
-    return effect.interval is not None and effect.interval.low > 0
+def _describe_p(cell: Cell) -> str:
+    share = None if cell.decisive is None else cell.decisive.share
+    return NOTHING if share is None or share.p_adjusted is None else f"{share.p_adjusted:.2g}"
 
 
-def _mark_claim(row: Row, cell: Cell) -> str:
-    is_claimed = cell.kind == "alone" and row.is_claimed(cell.cures[0])
-    return f"{describe_cell(cell)} {CLAIMED}" if is_claimed else describe_cell(cell)
+def _mark_recommended(row: Row, cell: Cell) -> str:
+    is_recommended = cell.kind == "alone" and row.recommends(cell.cures[0])
+    return f"{describe_cell(cell)} {RECOMMENDED}" if is_recommended else describe_cell(cell)
 
 
 def _notes(row: Row) -> tuple[str, ...]:
@@ -301,10 +317,16 @@ def _notes(row: Row) -> tuple[str, ...]:
     return (row.damage.note,) if row.damage.note else ()
 
 
+def _describe_note(cell: Cell) -> str:
+    note = cell.decisive.note if cell.decisive else ""
+    return "; ".join(filter(None, ("on fresh seeds" if cell.is_decided_afresh else "", note)))
+
+
 def _surest_first(cell: Cell) -> tuple[bool, int, float]:
     """Return what sorts cures before helps, fewer switches before more, and larger shares before smaller ones."""
-    assert cell.effect is not None and cell.effect.share is not None, "it has a verdict"
-    return cell.effect.verdict is not CureVerdict.CURES, len(cell.cures), -cell.effect.share
+    effect = cell.decisive
+    assert effect is not None and effect.share is not None, "it is ranked"
+    return effect.verdict is not CureVerdict.CURES, len(cell.cures), -effect.share.estimate
 
 
 def _cost(matrix: Matrix, row: Row, cell: Cell) -> tuple[str, str, str]:
@@ -314,12 +336,12 @@ def _cost(matrix: Matrix, row: Row, cell: Cell) -> tuple[str, str, str]:
     one = find_side_effect(matrix, cell.cures[0], row.illness)
     if one is None or one.effect is None or one.effect.centre is None:
         return ("not measured", NOTHING, NOTHING)
-    return (f"{format_signed(one.effect.centre)} {one.effect.text}", describe_cost(one.time), describe_cost(one.memory))
+    return (f"{format_signed(one.effect.centre)} {one.effect.text}", describe_time(one.time), describe_cost(one.memory))
 
 
 def _how_sure(row: Row, cell: Cell | None) -> str:
-    seeds = f"{len(row.seeds)} seeds"
     if cell is None:
-        return f"damage {describe_damage(row)}, {seeds}"
-    again = f"; fresh seeds {cell.agreement}" if cell.agreement else ""
-    return f"{describe_cell(cell)}; {seeds}{again}"
+        return f"damage {describe_damage(row)}, {len(row.seeds)} seeds"
+    again = f"; fresh seeds {cell.agreement}" if cell.agreement and not cell.is_decided_afresh else ""
+    seeds = cell.fresh.seeds if cell.fresh and cell.is_decided_afresh else row.seeds
+    return f"{describe_cell(cell)}; {len(seeds)} seeds{again}"

@@ -1,6 +1,6 @@
 """Words for numbers of the matrix."""
 
-from lightning_moevlm.study.matrix.records import Cell, Matrix, Outcome, Row, SideEffect
+from lightning_moevlm.study.matrix.records import Cell, Matrix, Outcome, Row, SideEffect, StepTime
 from lightning_moevlm.study.report.tables.table import NOTHING, format_interval, format_signed
 from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict
 from lightning_moevlm.study.statistics.intervals import Interval
@@ -24,18 +24,19 @@ def describe_share(effect: CureEffect | None) -> str:
     """Return share and interval."""
     if effect is None or effect.share is None:
         return NOTHING
-    return f"{format_share(effect.share)} {format_share_interval(effect.interval) if effect.interval else ''}".strip()
+    return f"{format_share(effect.share.estimate)} {format_share_interval(effect.share.interval)}"
 
 
 def describe_cell(cell: Cell) -> str:
     """Return share, interval, verdict and surviving runs of a cell."""
-    effect = cell.effect
+    effect = cell.decisive
     if effect is None:
         return f"missing: {len(cell.missing)} runs" if cell.missing else "missing: healthy or sick runs"
     stable = f", {describe_stable(cell.outcome)} stable" if effect.survival.failed else ""
     if effect.share is None:
         return f"{effect.verdict}{stable}"
-    return f"{describe_share(effect)} {effect.verdict}{stable}"
+    where = " on fresh seeds" if cell.is_decided_afresh else ""
+    return f"{describe_share(effect)} {effect.verdict}{where}{stable}"
 
 
 def describe_stable(outcome: Outcome) -> str:
@@ -67,18 +68,31 @@ def describe_cost(fraction: float | None) -> str:
     return NOTHING if fraction is None else f"{100 * fraction:+.0f} %"
 
 
+def describe_time(time: StepTime | None) -> str:
+    """Return the relative time of a step, and the clock if it is not that on the wall."""
+    if time is None:
+        return NOTHING
+    return describe_cost(time.more) + (f" ({time.clock})" if time.clock != "wall" else "")
+
+
 def describe_rows(matrix: Matrix) -> tuple[str, ...]:
     """Return one sentence per illness: what cures it, what helps, what harms."""
     return tuple(_describe_row(row) for row in matrix.rows)
 
 
 def describe_fresh(matrix: Matrix) -> str:
-    """Return how many of the repeated cells got the same verdict on fresh seeds; empty if none was repeated."""
+    """Return how many verdicts were the same on fresh seeds, and how many were reached there; empty if none was."""
     cells = [cell for _, cell in matrix.repeated]
-    if not cells:
-        return ""
-    agree = sum(cell.agrees is True for cell in cells)
-    return f"{agree} of the {len(cells)} strongest cells got the same verdict on fresh seeds."
+    decided = [cell for cell in cells if cell.effect is not None and cell.effect.verdict is not CureVerdict.UNCLEAR]
+    unclear = [cell for cell in cells if cell.is_named and cell not in decided]
+    told = []
+    if decided:
+        agree = sum(cell.agrees is True for cell in decided)
+        told.append(f"{agree} of the {len(decided)} verdicts that were repeated are the same on fresh seeds.")
+    if unclear:
+        reached = sum(cell.is_decided_afresh for cell in unclear)
+        told.append(f"Fresh seeds decide {reached} of the {len(unclear)} unclear cells that were named beforehand.")
+    return " ".join(told)
 
 
 def describe_whole(matrix: Matrix) -> str:
@@ -118,12 +132,14 @@ def _describe_row(row: Row) -> str:
         (CureVerdict.NONE, "no effect of"),
         (CureVerdict.UNCLEAR, "unclear:"),
     ):
-        cells = [cell for cell in row.cells if cell.effect is not None and cell.effect.verdict is verdict]
-        ranked = sorted(cells, key=lambda cell: -(cell.effect.share or 0.0) if cell.effect else 0.0)
+        shares = [
+            (cell.label, effect.share.estimate)
+            for cell in row.cells
+            if cell.kind != "all_but" and (effect := cell.decisive) and effect.verdict is verdict and effect.share
+        ]
         names = [
-            cell.label if verdict is CureVerdict.UNCLEAR else f"{cell.label} ({format_share(cell.effect.share)})"
-            for cell in ranked
-            if cell.kind != "all_but" and cell.effect is not None and cell.effect.share is not None
+            label if verdict is CureVerdict.UNCLEAR else f"{label} ({format_share(share)})"
+            for label, share in sorted(shares, key=lambda pair: -pair[1])
         ]
         if names:
             lists.append(f"{word} {', '.join(names)}")

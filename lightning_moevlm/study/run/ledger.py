@@ -150,8 +150,9 @@ def check_store(folder: Path, uri: str) -> None:
     before = file.read_text(encoding="utf-8").strip() if file.exists() else here
     if before != here and not _was_moved(folder, before, uri):
         raise UserError(
-            f"the runs of this study are in {before}, but the tracking URI is now {here}: set it back "
-            f"(MLFLOW_TRACKING_URI), or remove {folder} to run everything again"
+            f"the runs of {folder.name} are in {before}, but the tracking URI is now {here}: set "
+            f"MLFLOW_TRACKING_URI={before}. If the new one is a copy with these runs, write its URI into {file}. To "
+            f"train every run again, remove {folder}"
         )
 
 

@@ -103,21 +103,23 @@ def test_a_dose_is_over_the_files(write, tmp_path: Path) -> None:
     }
     design = study.comparison.design
     assert design is not None and design.cure_study is not None
-    assert design.cure_study == (("attention_logit_max/block0",), (8, 9), None)
+    assert design.cure_study == (("attention_logit_max/block0",), (8, 9), (), None)
     assert study.comparison.arms[1].description == "with the illness fever and second."
 
 
-def test_claims_name_their_sources(write) -> None:
-    def claims(text: str) -> object:
-        design = read_study(write(f"design: {{cures: {{illness: [fever.yaml], claims: {text}}}}}\n")).comparison.design
+def test_recommendations_name_their_sources(write) -> None:
+    def recommendations(text: str) -> object:
+        design = read_study(
+            write(f"design: {{cures: {{illness: [fever.yaml], recommendations: {text}}}}}\n")
+        ).comparison.design
         assert design is not None and design.cure_study is not None
-        return design.cure_study.claims
+        return design.cure_study.recommendations
 
-    assert claims("{norm: 'a paper, section 2', warm: another}") == (
+    assert recommendations("{norm: 'a paper, section 2', warm: another}") == (
         ("norm", "a paper, section 2"),
         ("warm", "another"),
     )
-    assert claims("{}") == ()
+    assert recommendations("{}") == ()
 
 
 def test_healthy_runs_are_the_same_in_every_study(write, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_healthy_runs_are_the_same_in_every_study(write, tmp_path: Path) -> None
             10,
             ["got 'wram'", "did you mean 'warm'?", "warm, clip, norm"],
         ),
-        ("design: {cures: {illness: [fever.yaml], all: [warm, warm]}}\n", 10, ["cure 'warm' is named twice"]),
+        ("design: {cures: {illness: [fever.yaml], all: [warm, warm]}}\n", 10, ["'warm' is named twice"]),
         ("design: {cures: {illness: [fever.yaml], together: [[warm]]}}\n", 10, ["a combination has two cures or more"]),
         (
             "design: {cures: {illness: [fever.yaml], all: [warm], all_but: [clip]}}\n",
@@ -152,11 +154,25 @@ def test_healthy_runs_are_the_same_in_every_study(write, tmp_path: Path) -> None
             ["got 'clip'", "allowed: warm"],
         ),
         (
-            "design: {cures: {illness: [fever.yaml], claims: {wram: a paper}}}\n",
+            "design: {cures: {illness: [fever.yaml], recommendations: {wram: a paper}}}\n",
             10,
             ["no cure 'wram' is tried here", "did you mean 'warm'?", "warm, clip, norm"],
         ),
-        ("design: {cures: {illness: [fever.yaml], claims: {warm: ''}}}\n", 10, ["claims.warm: expected a text"]),
+        (
+            "design: {cures: {illness: [fever.yaml], recommendations: {warm: ''}}}\n",
+            10,
+            ["recommendations.warm: expected a text"],
+        ),
+        (
+            "design: {cures: {illness: [fever.yaml], fresh_arms: [sick__warm]}}\n",
+            10,
+            ["no seeds to repeat them on", "`fresh_seeds`"],
+        ),
+        (
+            "design: {cures: {illness: [fever.yaml], fresh_seeds: [8], fresh_arms: [sick__wram]}}\n",
+            10,
+            ["got 'sick__wram'", "did you mean 'sick__warm'?"],
+        ),
         ("design: {cures: {illness: [fever.yaml], fresh_seeds: [1, 2]}}\n", 3, ["seed 1 is one of `fresh_seeds` too"]),
         ("design: {cures: {illness: [fever.yaml], dose: {trainer.max_steps: 3}}}\n", 10, ["set by budget.max_steps"]),
         (

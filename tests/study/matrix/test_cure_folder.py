@@ -51,7 +51,7 @@ def test_a_folder_is_run_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatc
     assert cure_folder.run(cures, builders, told, run_study) == 0
     assert [count for _, count in trained] == [0, 0, 0, 0]  # nothing is left to do
     [fever] = [row for row in cure_folder.list_rows(cures, builders) if row["illness"] == "fever"]
-    assert fever["cells"][0]["fresh"]["share"] == pytest.approx(1.0, abs=0.02)  # type: ignore[index]
+    assert fever["cells"][0]["fresh"]["share"]["estimate"] == pytest.approx(1.0, abs=0.02)  # type: ignore[index]
 
     assert (tmp_path / "runs/sweeps/cures_matrix/matrix.html").exists()
     [summary] = find_runs(uri, "cures_matrix")
@@ -85,7 +85,7 @@ def test_a_part_of_the_seeds_is_drawn_and_repeated(uri: str, tmp_path: Path, mon
     assert (fever.seeds, matrix.missing) == ((0, 1), {})
     text = told.export_text()
     assert "This matrix is of the seeds 0, 1 alone; 2 are left out." in text
-    assert "1 of the 1 strongest cells got the same verdict on fresh seeds." in text
+    assert "1 of the 1 verdicts that were repeated are the same on fresh seeds." in text
     whole, _ = cure_folder.draw(cure_folder.plan_folder("cures", builders), builders, told)
     assert (whole.part, len(whole.missing["fever"])) == ("", 1)
     with pytest.raises(UserError, match=r"fever has no seed '9'"):

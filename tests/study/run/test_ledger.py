@@ -3,11 +3,13 @@
 import errno
 import json
 import os
+import re
 import sqlite3
 import subprocess
 import sys
 import time
 from contextlib import closing
+from pathlib import Path
 
 import psutil
 import pytest
@@ -196,8 +198,15 @@ def test_a_project_that_was_moved_keeps_its_results(tmp_path):
         store.execute("INSERT INTO runs VALUES ('abc')")
     remember_store(tmp_path / "study", f"sqlite:///{database}")
     write_state(tmp_path / "study/run", RunState(Status.FINISHED, "abc"))
-    with pytest.raises(UserError, match="but the tracking URI is now"):  # the old one is there still
+    with pytest.raises(UserError, match="but the tracking URI is now") as refused:  # the old one is there still
         check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
+    assert f"set MLFLOW_TRACKING_URI=sqlite:///{database}." in str(refused.value)
+    told = re.search(r"write its URI into (\S+tracking.txt)", str(refused.value))
+    assert told is not None
+    before = Path(told[1]).read_text()
+    Path(told[1]).write_text(f"sqlite:///{elsewhere}\n")  # as it says, of a copy
+    check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
+    Path(told[1]).write_text(before)
     (tmp_path / "here").rename(tmp_path / "there")
     check_store(tmp_path / "study", f"sqlite:///{elsewhere}")
     write_state(tmp_path / "study/other", RunState(Status.FINISHED, "def"))

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 from lightning_moevlm.common.nearest_name import suggest
 from lightning_moevlm.study.declare.arm_changes import Change, lay_over, merge, read_changes
-from lightning_moevlm.study.declare.designs.design import Claim, CureStudy, Design, Point
+from lightning_moevlm.study.declare.designs.design import CureStudy, Design, Point, Recommendation
 from lightning_moevlm.study.declare.designs.design_keys import CureKeys
 from lightning_moevlm.study.declare.factors import OFF, ON, Factor, FactorLevel, Level, refuse_conflicts
 from lightning_moevlm.study.declare.yaml_nodes import YamlNode, compose_yaml
@@ -73,7 +73,12 @@ def read_cures(node: YamlNode, keys: CureKeys, cures: tuple[Factor, ...]) -> Des
         "cures",
         factors,
         tuple(point for point in points if first[point.levels] is point),
-        cure_study=CureStudy(keys.signs, keys.fresh_seeds, _read_claims(keys.claims, names)),
+        cure_study=CureStudy(
+            keys.signs,
+            keys.fresh_seeds,
+            _read_fresh_arms(keys, tuple(sick)[1:]),
+            _read_recommendations(keys.recommendations, names),
+        ),
     )
 
 
@@ -101,18 +106,27 @@ def _read_overlay(node: YamlNode) -> tuple[Change, ...]:
     return changes
 
 
-def _read_claims(node: YamlNode | None, names: _Names) -> tuple[Claim, ...] | None:
-    """Return the claimed cures with their sources; None if the study says nothing of claims."""
+def _read_recommendations(node: YamlNode | None, names: _Names) -> tuple[Recommendation, ...] | None:
+    """Return the recommended cures with their sources; None if the study does not name any list."""
     if node is None:
         return None
     for name, child in node.items():
         if name not in names:
             raise child.error(f"no cure {name!r} is tried here; {suggest(name, names)}allowed: {', '.join(names)}")
-    return tuple(Claim(name, child.text()) for name, child in node.items())
+    return tuple(Recommendation(name, child.text()) for name, child in node.items())
+
+
+def _read_fresh_arms(keys: CureKeys, sick: _Names) -> _Names:
+    """Return the arms that are repeated in any case. sick: those with cures."""
+    if keys.fresh_arms is None:
+        return ()
+    if not keys.fresh_seeds:
+        raise keys.fresh_arms.error("there are no seeds to repeat them on; give `fresh_seeds` too")
+    return _choose(keys.fresh_arms, sick, ())
 
 
 def _choose(node: YamlNode | None, allowed: _Names, default: _Names) -> _Names:
-    """Return the cures of a list, in the order of the factors; [] is none."""
+    """Return the names of a list, in the order of the allowed ones; [] is none."""
     if node is None:
         return default
     if node.plain() == []:
@@ -120,5 +134,5 @@ def _choose(node: YamlNode | None, allowed: _Names, default: _Names) -> _Names:
     chosen = [child.choice(allowed) for child in node.sequence()]
     for place, child in enumerate(node.sequence()):
         if chosen[place] in chosen[:place]:
-            raise child.error(f"cure {chosen[place]!r} is named twice")
+            raise child.error(f"{chosen[place]!r} is named twice")
     return tuple(name for name in allowed if name in chosen)

@@ -39,11 +39,11 @@ class Point:
     levels: tuple[FactorLevel, ...]  # one per factor, in the design's order
 
 
-class Claim(NamedTuple):
-    """A cure that somebody names against the illness."""
+class Recommendation(NamedTuple):
+    """A cure that a source names against the illness."""
 
     cure: str
-    source: str  # who names it
+    source: str
 
 
 class CureStudy(NamedTuple):
@@ -51,7 +51,8 @@ class CureStudy(NamedTuple):
 
     signs: tuple[str, ...]  # metrics that show the illness
     fresh_seeds: tuple[int, ...]  # for the strongest cells of the matrix, trained again
-    claims: tuple[Claim, ...] | None = None  # None: the study does not say; (): no cure is claimed
+    fresh_arms: tuple[str, ...]  # trained on them in any case
+    recommendations: tuple[Recommendation, ...] | None = None  # None: the study does not say; (): there are none
 
 
 @dataclass(frozen=True)

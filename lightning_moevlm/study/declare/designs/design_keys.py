@@ -100,7 +100,7 @@ class CureKeys(DesignKeys, frozen=True, kw_only=True):
         YamlNode | None,
         doc("Cures to try on the healthy model, for side effects and cost.", "[clip_norm]", _CURES, "every cure"),
     ] = None
-    claims: Annotated[
+    recommendations: Annotated[
         YamlNode | None,
         doc(
             "Cures that a source names against this illness. The matrix marks them, and tells which others work.",
@@ -113,6 +113,16 @@ class CureKeys(DesignKeys, frozen=True, kw_only=True):
         tuple[Seed, ...],
         doc("Seeds on which `moevlm sweep run FOLDER` repeats the strongest cells of the matrix.", "[10, 11, 12]"),
     ] = ()
+    fresh_arms: Annotated[
+        YamlNode | None,
+        doc(
+            "Sick arms that are repeated on `fresh_seeds` in any case. Name them before those seeds run. Where the "
+            "first seeds leave such an arm unclear, the fresh ones decide.",
+            "[sick__qk_norm]",
+            "list of arms",
+            "none",
+        ),
+    ] = None
 
 
 class ProductKeys(Record, frozen=True):

@@ -18,9 +18,10 @@ in `effects`. A seed without a result in the cured model alone (a crash) takes a
 
 import dataclasses
 import math
-from collections.abc import Collection, Hashable, Mapping
+from collections.abc import Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from operator import attrgetter
 from typing import TypeVar
 
 from lightning_moevlm.study.statistics.cures.share_undone import fieller_interval, share_undone
@@ -48,6 +49,24 @@ class CureVerdict(StrEnum):
 
 
 @dataclass(frozen=True)
+class Share:
+    """The share of the damage that a cure undoes, with what stands against three statements on it."""
+
+    estimate: float
+    interval: Interval
+    p_value: float | None
+    """Of "nothing is undone", two-sided; None, as the next ones, if all seeds give the same difference."""
+    p_adjusted: float | None
+    """Corrected over the family of cells, as the next ones."""
+    p_half: float | None
+    """Of "at most half is undone", doubled: its alpha is that of the two-sided interval."""
+    p_half_adjusted: float | None
+    p_small: float | None
+    """Of "the share lies at or beyond +- a half", the greater of two one-sided tests."""
+    p_small_adjusted: float | None
+
+
+@dataclass(frozen=True)
 class CureEffect:
     """One cure of one illness."""
 
@@ -57,20 +76,8 @@ class CureEffect:
     """By seed, in the metric's unit; positive: the sick model is worse than the healthy one."""
     undone: tuple[float, ...]
     """By seed, likewise; positive: the cured model is better than the sick one."""
-    share: float | None
+    share: Share | None
     """None if no damage is shown."""
-    interval: Interval | None
-    """Of the share; None likewise."""
-    p_value: float | None
-    """Of "nothing is undone", two-sided."""
-    p_adjusted: float | None
-    """Corrected over the family of cells, as the next ones."""
-    p_half: float | None
-    """Of "at most half is undone", doubled: its alpha is that of the two-sided interval."""
-    p_half_adjusted: float | None
-    p_small: float | None
-    """Of "the share lies at or beyond +- a half", the greater of two one-sided tests."""
-    p_small_adjusted: float | None
     survival: Survival
     """Of the cured model."""
     failures: tuple[int, int, int]
@@ -117,22 +124,11 @@ def judge_cell(
     compared = tuple(seed for seed in both if seed in cured)
     damage = tuple(sign * (sick[seed].value - healthy[seed].value) for seed in compared)
     undone = tuple(sign * (sick[seed].value - cured[seed].value) for seed in compared)
-    interval = fieller_interval(damage, undone, rule.alpha)
-    p_value = paired_p(undone) if interval else None
-    p_half = _p_half(damage, undone) if interval else None
-    p_small = _p_small(damage, undone) if interval else None
     effect = CureEffect(
         seeds=compared,
         damage=damage,
         undone=undone,
-        share=share_undone(damage, undone) if interval else None,
-        interval=interval,
-        p_value=p_value,
-        p_adjusted=p_value,
-        p_half=p_half,
-        p_half_adjusted=p_half,
-        p_small=p_small,
-        p_small_adjusted=p_small,
+        share=_measure(damage, undone, rule),
         survival=Survival.of(cured),
         failures=(_count(healthy, compared), _count(sick, compared), _count(cured, compared)),
         jump=max(_jump(healthy, compared), _jump(sick, compared), _jump(cured, compared)),
@@ -156,34 +152,48 @@ def judge_cures(
         cells: The family: cures of one illness. A cell without a p counts with p = 1: no other cell's p gets smaller by
             its absence.
         rule: Direction of the metric, alpha and correction.
-        unproved: Cells of illnesses whose damage is not shown after a correction of its own; they are unclear.
+        unproved: Cells of illnesses whose damage is not shown after a correction of its own: they have no share.
         jumps: What chance can make of the runs of each cell; None: the largest jump of any cell.
     """
-    judged = {key: _withhold(cell) if key in unproved else cell for key, cell in cells.items()}
+    judged = {
+        key: _judge(dataclasses.replace(cell, share=None), rule) if key in unproved else cell
+        for key, cell in cells.items()
+    }
     if rule.correction == "none":
         return judged
     if jumps is None:
         jumps = dict.fromkeys(cells, max((cell.jump for cell in cells.values()), default=0.0))
     judged = {key: _limit_p(cell, jumps[key]) for key, cell in judged.items()}
-    plain, half, small = (
-        holm({str(i): 1.0 if p is None else p for i, p in enumerate(values)})
-        for values in (
-            [cell.p_value for cell in judged.values()],
-            [cell.p_half for cell in judged.values()],
-            [cell.p_small for cell in judged.values()],
-        )
-    )
+    shares = _correct([cell.share for cell in judged.values()])
     return {
-        key: cell
-        if cell.interval is None
-        else _judge(
-            dataclasses.replace(
-                cell, p_adjusted=plain[str(i)], p_half_adjusted=half[str(i)], p_small_adjusted=small[str(i)]
-            ),
-            rule,
-        )
-        for i, (key, cell) in enumerate(judged.items())
+        key: _judge(dataclasses.replace(cell, share=share), rule)
+        for (key, cell), share in zip(judged.items(), shares, strict=True)
     }
+
+
+def _correct(shares: Sequence[Share | None]) -> list[Share | None]:
+    """Return the shares of a family with their corrected p; one that is not known counts with p = 1."""
+    plain, half, small = (
+        holm({str(i): 1.0 if share is None or (p := p_of(share)) is None else p for i, share in enumerate(shares)})
+        for p_of in (attrgetter("p_value"), attrgetter("p_half"), attrgetter("p_small"))
+    )
+    return [
+        None
+        if share is None
+        else dataclasses.replace(
+            share, p_adjusted=plain[str(i)], p_half_adjusted=half[str(i)], p_small_adjusted=small[str(i)]
+        )
+        for i, share in enumerate(shares)
+    ]
+
+
+def _measure(damage: tuple[float, ...], undone: tuple[float, ...], rule: Rule) -> Share | None:
+    """Return the share undone as a single comparison; None if no damage is shown."""
+    estimate, interval = share_undone(damage, undone), fieller_interval(damage, undone, rule.alpha)
+    if estimate is None or interval is None:
+        return None
+    nothing, half, small = paired_p(undone), _p_half(damage, undone), _p_small(damage, undone)
+    return Share(estimate, interval, nothing, nothing, half, half, small, small)
 
 
 def _count(finals: Mapping[int, Final], seeds: tuple[int, ...]) -> int:
@@ -197,11 +207,15 @@ def _jump(finals: Mapping[int, Final], seeds: tuple[int, ...]) -> float:
 def _limit_p(cell: CureEffect, jump: float) -> CureEffect:
     """Return a cell whose p is at least that of its counts of failures, if a jump could have made what is undone."""
     _, sick, cured = cell.failures
-    if cell.p_value is None or sick == cured or not is_within_jump(math.fsum(cell.undone) / len(cell.undone), jump):
+    share = cell.share
+    if share is None or share.p_value is None or sick == cured:
+        return cell
+    if not is_within_jump(math.fsum(cell.undone) / len(cell.undone), jump):
         return cell
     limit = chance_p(sick, cured, len(cell.seeds))
-    half = None if cell.p_half is None else max(cell.p_half, limit)
-    return dataclasses.replace(cell, p_value=max(cell.p_value, limit), p_half=half)
+    half = None if share.p_half is None else max(share.p_half, limit)
+    limited = dataclasses.replace(share, p_value=max(share.p_value, limit), p_half=half)
+    return dataclasses.replace(cell, share=limited)
 
 
 def _p_half(damage: tuple[float, ...], undone: tuple[float, ...]) -> float | None:
@@ -216,26 +230,6 @@ def _p_small(damage: tuple[float, ...], undone: tuple[float, ...]) -> float | No
     return None if below is None or above is None else max(below, above)
 
 
-def _withhold(cell: CureEffect) -> CureEffect:
-    """Return a cell whose illness did not prove itself: without a share."""
-    return dataclasses.replace(
-        cell,
-        share=None,
-        interval=None,
-        p_value=None,
-        p_adjusted=None,
-        p_half=None,
-        p_half_adjusted=None,
-        p_small=None,
-        p_small_adjusted=None,
-        verdict=CureVerdict.UNCLEAR,
-        limit=_UNPROVED,
-    )
-
-
-_UNPROVED = "the illness did not prove itself: no damage is shown"
-
-
 def _judge(cell: CureEffect, rule: Rule) -> CureEffect:
     verdict, limit = _decide(cell, rule)
     return dataclasses.replace(cell, verdict=verdict, limit=limit)
@@ -245,28 +239,29 @@ def _decide(cell: CureEffect, rule: Rule) -> tuple[CureVerdict, str]:
     if len(cell.seeds) < 2:
         count = "no seed" if not cell.seeds else "1 seed"
         return CureVerdict.UNCLEAR, f"{count} with a value in all three models; at least 2 are needed"
-    if cell.interval is None or cell.share is None:
-        return CureVerdict.UNCLEAR, _UNPROVED
-    low, high = cell.interval.low, cell.interval.high
+    share = cell.share
+    if share is None:
+        return CureVerdict.UNCLEAR, "the illness did not prove itself: no damage is shown"
+    low, high = share.interval.low, share.interval.high
     if not any(cell.undone):
         limit = f"exactly as the sick model in all {len(cell.seeds)} seeds, as if it changed nothing"
-        return (CureVerdict.NONE if _passes(cell.p_small_adjusted, rule) else CureVerdict.UNCLEAR), limit
+        return (CureVerdict.NONE if _passes(share.p_small_adjusted, rule) else CureVerdict.UNCLEAR), limit
     if low > 0 or high < 0:
-        if cell.p_adjusted is None:
+        if share.p_adjusted is None:
             return CureVerdict.UNCLEAR, f"all {len(cell.seeds)} seeds give exactly the same difference"
-        if cell.p_adjusted > rule.alpha:
+        if share.p_adjusted > rule.alpha:
             family = " over the family of cells" if rule.correction == "holm" else ""
             return (
                 CureVerdict.UNCLEAR,
-                f"its interval excludes 0, but p = {format_p(cell.p_adjusted, rule.alpha)}{family}",
+                f"its interval excludes 0, but p = {format_p(share.p_adjusted, rule.alpha)}{family}",
             )
         if high < 0:
             return CureVerdict.HARMS, ""
         if cell.lost:
             return CureVerdict.UNCLEAR, f"better in the seeds that ended, but {cell.lost} of its runs have no result"
-        is_cure = cell.share >= CURED and low > HALF and _passes(cell.p_half_adjusted, rule)
+        is_cure = share.estimate >= CURED and low > HALF and _passes(share.p_half_adjusted, rule)
         return (CureVerdict.CURES if is_cure else CureVerdict.HELPS), ""
-    if low > -HALF and high < HALF and _passes(cell.p_small_adjusted, rule):
+    if low > -HALF and high < HALF and _passes(share.p_small_adjusted, rule):
         return CureVerdict.NONE, ""
     return CureVerdict.UNCLEAR, ""
 

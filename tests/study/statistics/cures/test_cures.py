@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict, judge_cell, judge_cures
+from lightning_moevlm.study.statistics.cures.cure_effect import CureEffect, CureVerdict, Share, judge_cell, judge_cures
 from lightning_moevlm.study.statistics.cures.damage import judge_damage, judge_damages
 from lightning_moevlm.study.statistics.cures.share_undone import fieller_interval, share_undone
 from lightning_moevlm.study.statistics.outcomes.survival import Final, Survival
@@ -25,6 +25,11 @@ def cell(
     cured: Sequence[float | None], sick: Sequence[float | None] = SICK, rule: Rule = RULE, failed: Sequence[int] = ()
 ) -> CureEffect:
     return judge_cell(finals(HEALTHY), finals(sick), finals(cured, failed), SEEDS, rule)
+
+
+def share_of(effect: CureEffect) -> Share:
+    assert effect.share is not None
+    return effect.share
 
 
 def p_of_t(t: float) -> float:
@@ -77,16 +82,16 @@ def test_without_a_damage_that_shows_there_is_no_interval() -> None:
 )
 def test_verdicts(cured: tuple[float, ...], verdict: CureVerdict, share: float) -> None:
     found = cell(cured)
-    assert (found.verdict, found.share) == (verdict, pytest.approx(share))
+    assert (found.verdict, share_of(found).estimate) == (verdict, pytest.approx(share))
 
 
 def test_p_values_by_hand() -> None:
-    found = cell((1.1, 1.0, 1.0))
+    found = share_of(cell((1.1, 1.0, 1.0)))
     # Undone 1.8, 2.0, 2.1: mean 1.966667, s = 0.152753. Less half the damage: 0.85, 1.0, 1.05, s = 0.104083.
     assert found.p_value == pytest.approx(p_of_t(1.966667 / (0.152753 / math.sqrt(3))), rel=1e-4)
     assert found.p_half == pytest.approx(p_of_t(0.966667 / (0.104083 / math.sqrt(3))), rel=1e-4)
     # Undone 0, -0.05, 0.05. Half the damage less that: 0.95, 1.05, 1.0, s = 0.05; with it: 0.95, 0.95, 1.1, s = 0.0866.
-    small = cell((2.9, 3.05, 3.05))
+    small = share_of(cell((2.9, 3.05, 3.05)))
     assert small.p_small == pytest.approx(p_of_t(1.0 / (math.sqrt(0.0075) / math.sqrt(3))) / 2, rel=1e-4)
 
 
@@ -95,26 +100,27 @@ def test_higher_is_better_turns_every_sign() -> None:
     found = judge_cell(
         finals([-v for v in HEALTHY]), finals([-v for v in SICK]), finals([-1.1, -1.0, -1.0]), SEEDS, rule
     )
-    assert (found.share, found.verdict) == (cell((1.1, 1.0, 1.0)).share, CureVerdict.CURES)
+    assert (found.share, found.verdict) == (share_of(cell((1.1, 1.0, 1.0))), CureVerdict.CURES)
 
 
 def test_a_cure_that_changes_nothing() -> None:
     found = cell(SICK)
     assert found.verdict is CureVerdict.NONE
     assert found.note == "exactly as the sick model in all 3 seeds, as if it changed nothing"
-    assert found.interval is not None and found.interval.low == pytest.approx(0) == pytest.approx(found.interval.high)
+    interval = share_of(found).interval
+    assert interval.low == pytest.approx(0) == pytest.approx(interval.high)
 
 
 def test_without_proof_there_is_no_share() -> None:
     found = cell((1.0, 1.1, 1.0), sick=(1.0, 2.0, 3.0))
-    assert (found.share, found.interval, found.p_value, found.verdict) == (None, None, None, CureVerdict.UNCLEAR)
+    assert (found.share, found.verdict) == (None, CureVerdict.UNCLEAR)
     assert found.note == "the illness did not prove itself: no damage is shown"
 
 
 def test_failed_and_missing_runs_are_said() -> None:
     found = cell((1.1, 1.0, 6.9), failed=[2])
     assert (found.survival, found.verdict) == (Survival(2, 3), CureVerdict.UNCLEAR)
-    assert found.share == pytest.approx((1.8 + 2.0 - 3.8) / 6)
+    assert share_of(found).estimate == pytest.approx((1.8 + 2.0 - 3.8) / 6)
     assert found.note == "1 of 3 runs failed and count with their capped value"
     crashed = cell((1.1, 1.0, None))
     assert (crashed.seeds, crashed.lost, crashed.verdict) == ((0, 1), 1, CureVerdict.UNCLEAR)
@@ -127,12 +133,12 @@ def test_failed_and_missing_runs_are_said() -> None:
 
 def test_holm_over_the_cells() -> None:
     one = cell((1.1, 1.0, 1.0))  # p = 0.0020
-    p = one.p_value
+    p = share_of(one).p_value
     assert p is not None
     family = {("ill", name): one for name in "abc"} | {("ill", "unknown"): cell((None, None, None))}
     judged = judge_cures(family, RULE)
     # Four cells, of which one has no p and counts with 1: the least p is taken four times.
-    assert judged["ill", "a"].p_adjusted == pytest.approx(4 * p)
+    assert share_of(judged["ill", "a"]).p_adjusted == pytest.approx(4 * p)
     assert judged["ill", "a"].verdict is CureVerdict.CURES
     many = judge_cures({str(i): one for i in range(30)}, RULE)  # 30 x 0.0020 = 0.06
     assert many["0"].verdict is CureVerdict.UNCLEAR
@@ -152,13 +158,15 @@ def test_failures_that_may_be_chance_limit_a_family_of_cells() -> None:
     assert judge_cures({"a": whole, "b": whole}, RULE)["a"].verdict is CureVerdict.CURES
     # One cure failed with one seed of three: that all sick runs failed may be chance, in 2 of 64 cases.
     limited = judge_cures({"a": whole, "b": part}, RULE)["a"]
-    assert (limited.verdict, limited.p_adjusted) == (CureVerdict.UNCLEAR, pytest.approx(4 / 64))
+    assert (limited.verdict, share_of(limited).p_adjusted) == (CureVerdict.UNCLEAR, pytest.approx(4 / 64))
 
 
 def test_cells_of_an_unproved_illness_are_withheld() -> None:
     judged = judge_cures({"a": cell((1.1, 1.0, 1.0)), "b": cell((1.1, 1.0, 1.0))}, RULE, unproved={"a"})
     assert (judged["a"].share, judged["a"].verdict) == (None, CureVerdict.UNCLEAR)
-    assert judged["b"].p_adjusted == pytest.approx(2 * (judged["b"].p_value or 0))
+    assert judged["a"].limit == "the illness did not prove itself: no damage is shown"
+    other = share_of(judged["b"])
+    assert other.p_adjusted == pytest.approx(2 * (other.p_value or 0))
 
 
 def test_damage_proves_itself() -> None:
