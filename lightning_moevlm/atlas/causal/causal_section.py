@@ -1,0 +1,153 @@
+"""Tells what experts are needed for."""
+
+from typing import Any
+
+from lightning_moevlm.atlas.causal.effects import GroupEffect
+from lightning_moevlm.atlas.causal.examine import Examination
+from lightning_moevlm.atlas.causal.groups import EVERY
+from lightning_moevlm.atlas.causal.roles import Need, Role
+from lightning_moevlm.atlas.causal.show_effect import effect_record, show_effect
+from lightning_moevlm.atlas.section import Section, show_p
+from lightning_moevlm.study.report.tables.table import NOTHING, Table
+
+_ALPHA = 0.05
+_SHOWN, _GROUPS_SHOWN = 3, 5
+
+
+def causal_section(found: Examination) -> Section:
+    """Return the section of an examination."""
+    return Section("needs", "What needs which expert?", _sentences(found), _tables(found), _records(found))
+
+
+def _sentences(found: Examination) -> tuple[str, ...]:
+    to = "went to the next-ranked expert" if found.to == "next" else "were dropped"
+    tests = sum(len(each) for each in found.effects.values())
+    needed = [role for role in found.roles if _is_needed(role)]
+    specific = [role for role in found.roles if role.needed_for]
+    lines = [
+        f"Each of {len(found.effects)} experts was switched off on {found.num_samples} samples, and its tokens {to}; "
+        f"p is corrected by Holm over {tests} tests of experts and groups.",
+        f"Experts whose removal raises the loss of all samples: {len(needed)} of {len(found.effects)}. Experts that a "
+        f"group of samples needs more than the others do: {len(specific)}.",
+    ]
+    for role in specific[:_SHOWN]:
+        groups = ", ".join(f"{each.group} ({show_effect(each.loss)})" for each in role.needed_for[:_SHOWN])
+        lines.append(f"{str(role.expert).capitalize()} is needed for {groups}.")
+    counts = {need: sum(claim.need is need for claim in found.claims) for need in Need}
+    if found.claims:
+        lines.append(
+            f"Observed preferences for groups of samples: {len(found.claims)}. "
+            + ", ".join(f"{need}: {count}" for need, count in counts.items())
+            + "."
+        )
+    shown = [claim.sentence for need in (Need.NOT_SEEN, Need.SPECIFIC) for claim in found.claims if claim.need is need]
+    return (*lines, *shown[:_SHOWN])
+
+
+def _is_needed(role: Role) -> bool:
+    return role.overall is not None and role.overall.mean > 0 and role.overall.p_adjusted <= _ALPHA
+
+
+def _tables(found: Examination) -> tuple[Table, ...]:
+    experts = tuple(
+        (
+            str(role.expert),
+            show_effect(role.overall),
+            NOTHING if role.overall is None else show_p(role.overall.p_adjusted),
+            "; ".join(f"{each.group} {show_effect(each.more)}" for each in role.needed_for[:_GROUPS_SHOWN]) or NOTHING,
+        )
+        for role in found.roles
+    )
+    claims = tuple(
+        (
+            str(claim.serves.expert),
+            claim.serves.group,
+            f"{claim.serves.lift:.2f}",
+            str(claim.need),
+            show_effect(None if claim.effect is None else claim.effect.loss),
+            show_effect(None if claim.effect is None else claim.effect.elsewhere),
+            NOTHING if claim.effect is None else show_p(claim.effect.loss.p_adjusted),
+        )
+        for claim in found.claims
+    )
+    terms = list(dict.fromkeys(term for each in found.layers for term in each.right))
+    layers = tuple(
+        (
+            each.layer,
+            each.change,
+            show_effect(each.loss),
+            show_p(each.loss.p_adjusted),
+            *(show_effect(each.right.get(term)) for term in terms),
+        )
+        for each in found.layers
+    )
+    loss = "Effects are changes of the task loss [95 %]; above 0 is harm."
+    return (
+        Table(
+            "Experts by the harm of their removal",
+            ("expert", "all samples", "p (Holm)", "needed for, more than elsewhere by"),
+            experts,
+            (loss, "A group is named if its loss rises, and more than that of the other samples, both after Holm."),
+        ),
+        Table(
+            "What experts serve, and whether it needs them",
+            ("expert", "serves", "lift", "removal", "effect on it", "elsewhere", "p (Holm)"),
+            claims,
+            (loss, "not seen: another expert may serve the group as well, or the effect is small for this probe."),
+        ),
+        Table(
+            "Other routings of a whole layer",
+            ("layer", "routing", "all samples", "p (Holm)", *(f"right {term}" for term in terms)),
+            layers,
+            (loss, "right: change of the share of right predictions of a term."),
+        ),
+    )
+
+
+def _records(found: Examination) -> dict[str, Any]:
+    return {
+        "tokens_of_a_removed_expert": found.to,
+        "samples": found.num_samples,
+        "groups": dict(found.groups),
+        "experts": [
+            {
+                "layer": expert.layer,
+                "expert": expert.expert,
+                "needed_for": [each.group for role in found.roles if role.expert == expert for each in role.needed_for],
+                "effects": [_effect(each) for each in effects],
+            }
+            for expert, effects in found.effects.items()
+        ],
+        "ranking": [[role.expert.layer, role.expert.expert] for role in found.roles],
+        "claims": [
+            {
+                "layer": claim.serves.expert.layer,
+                "expert": claim.serves.expert.expert,
+                "serves": claim.serves.group,
+                "lift": claim.serves.lift,
+                "removal": str(claim.need),
+                "sentence": claim.sentence,
+            }
+            for claim in found.claims
+        ],
+        "layers": [
+            {
+                "layer": each.layer,
+                "routing": each.change,
+                "group": EVERY,
+                "loss": effect_record(each.loss),
+                "right": {term: effect_record(effect) for term, effect in each.right.items()},
+            }
+            for each in found.layers
+        ],
+    }
+
+
+def _effect(each: GroupEffect) -> dict[str, Any]:
+    return {
+        "group": each.group,
+        "loss": effect_record(each.loss),
+        "elsewhere": effect_record(each.elsewhere),
+        "more_than_elsewhere": effect_record(each.more),
+        "right": {term: effect_record(effect) for term, effect in each.right.items()},
+    }
