@@ -161,7 +161,8 @@ class ShardDataModule(LightningDataModule):
         self.augment, self.prefetch = augment, prefetch
         self.annotation, self.append_answer = annotation, bool(append_answer)
         self.tokenizer_file, self.second_image, self.bad_batches = tokenizer, second_image, bad_batches
-        self.chats = None if chat is None else ChatMaker(chat)
+        unread = {"augment": augment, "bad_batches": bad_batches}
+        self.chats = None if chat is None else ChatMaker(chat, unread)
         if append_answer and not any((each.annotation or annotation) == "answers" for each in self.sources.values()):
             raise UserError("data.append_answer is true, and no answers are read: set data.annotation to answers")
         second = next((each.second_image for each in self.sources.values() if each.second_image), second_image)

@@ -12,10 +12,11 @@ each one stands. Only ids of answers, their ends included, are to be predicted.
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +96,20 @@ class ChatMaker:
 
     Args:
         options: those of the data.
+        unread: options by name that change images and texts of a batch, which its conversations are not made of.
+
+    Raises:
+        UserError: one of these is set.
     """
 
-    def __init__(self, options: ChatOptions) -> None:
+    def __init__(self, options: ChatOptions, unread: Mapping[str, object] = MappingProxyType({})) -> None:
         self.options = options
+        for name, value in unread.items():
+            if value is not None:
+                raise UserError(
+                    f"data.{name} changes the images or texts of a batch, and conversations are made of those of the "
+                    f"set: set data.{name} or data.chat to null"
+                )
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave the processor out: each process loads its own."""

@@ -53,7 +53,7 @@ def build(origin: Origin) -> nn.Module:
         if origin.experts_backend is not None:
             model.set_experts_implementation(origin.experts_backend)
     assert isinstance(model, nn.Module)
-    return model
+    return model.train()  # loaded ones are in evaluation mode, in which transformers checkpoints no layer
 
 
 def read_config(origin: Origin) -> Any:

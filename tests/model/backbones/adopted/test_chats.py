@@ -1,6 +1,8 @@
 """Conversations of a model's own processor: images inside, answers alone predicted. Extra `hf`; skipped if absent."""
 
 import pickle
+import sqlite3
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from lightning_moevlm.contracts.answer_list import AnswerList, write_answers
 from lightning_moevlm.contracts.batch import Batch, Chat, join_chats
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions, Turn
@@ -250,6 +253,35 @@ def _template(llava: Path, folder: Path) -> str:
     return str(file)
 
 
+def test_a_checkpoint_is_tuned_and_judged_from_the_command_line(
+    moevlm: Callable[..., str], workplace: Path, questions: Path
+) -> None:
+    """conf/hugging_face/checkpoint.yaml, over the base of the study."""
+    pytest.importorskip("peft", reason="needs the extra hf")
+    folder = workplace / "checkpoint"
+    folder.mkdir()
+    model = HuggingFaceModel(config=LLAVA_CHAT, image_size=16, vocab_size=400, max_text_len=8)
+    plain_model(model).save_pretrained(folder)
+    save_llava(folder)
+    files = ("qwen3_vl_moe", "questions", "checkpoint")
+    moevlm(
+        "fit", *(word for name in files for word in ("-c", f"conf/hugging_face/{name}.yaml")),
+        f"--model.backbone.path={folder}", f"--data.root={questions}", "--data.image_size=16", "--data.vocab_size=400",
+        "--data.batch_size=2", "--trainer.accumulate_grad_batches=2", "--trainer.max_steps=2",
+        "--trainer.val_check_interval=4", "--trainer.limit_val_batches=1",
+    )  # fmt: skip
+    (checkpoint,) = workplace.glob("runs/*/*/checkpoints/last.ckpt")
+    moevlm("validate", "--run", str(checkpoint.parents[1]), f"--trainer.callbacks.answers={_answers(workplace)}")
+    with sqlite3.connect("runs/mlflow.db") as store:
+        scores = store.execute("select run_uuid, value from metrics where key = 'val/vqa_accuracy/all'").fetchall()
+    assert len({run for run, _ in scores}) == 2  # the run, and its evaluation by likelihood
+
+
+def _answers(folder: Path) -> Path:
+    write_answers(AnswerList(("yes", "no"), (2, 1), "digest"), folder / "few.json")
+    return folder / "few.json"
+
+
 def test_captions_answer_the_prompt_and_are_scored(scenes_root: Path, llava: Path) -> None:
     chat = ChatOptions(str(llava), system="You see scenes.", caption_prompt="What is in it?")
     data = ShardDataModule(str(scenes_root), 16, 16, 24, 400, chat=chat)
@@ -295,6 +327,8 @@ def test_mistakes_are_explained(llava: Path, tmp_path: Path) -> None:
         maker = ChatMaker(ChatOptions(**({"processor": str(llava)} | options)))  # type: ignore[arg-type]
         with pytest.raises(UserError, match=message):
             maker.make([PICTURES[0]], TURNS[0])
+    with pytest.raises(UserError, match=r"data\.augment changes.*set data\.augment or data\.chat to null"):
+        ShardDataModule("nowhere", 4, 16, 24, 400, chat=ChatOptions(str(llava)), augment=Augment())
     with pytest.raises(UserError, match="max_len is 1"):
         ChatOptions(str(llava), max_len=1)
     save_tokenizer(tmp_path / "bare")

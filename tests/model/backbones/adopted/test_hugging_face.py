@@ -118,6 +118,7 @@ def test_directories_are_loaded_and_keep_their_weights(saved: tuple[HuggingFaceM
     model, folder = saved
     loaded = HuggingFaceModel(path=folder, image_size=16, vocab_size=300, max_text_len=8)
     VisionLanguageModule(loaded, NextToken, seed=1)  # draws nothing
+    assert all(module.training for module in loaded.modules())
     output, expected = (each(None, *BATCH[1:3]) for each in (loaded, model))
     assert torch.equal(output.tokens_BSD, expected.tokens_BSD)
     assert torch.equal(output.plans[0].plan.logits_TE, expected.plans[0].plan.logits_TE)
