@@ -1,8 +1,8 @@
-"""`moevlm export`: a trained model as files that plain PyTorch reads."""
+"""`moevlm export`: a trained model as files that plain PyTorch or transformers read."""
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 
@@ -14,17 +14,21 @@ def export(
     out: str | None = None,
     configuration: str | None = None,
     tokenizer: str | None = None,
+    format: Literal["torch", "hf"] = "torch",
     force: bool = False,
 ) -> None:
-    """Write a trained model as safetensors, with its configuration and tokenizer, for plain PyTorch.
+    """Write a trained model as safetensors, with its configuration and tokenizer, for plain PyTorch or transformers.
 
     Args:
         checkpoint: Checkpoint of a run, such as RUN/checkpoints/last.ckpt.
         out: Folder to write; by default that of the checkpoint without .ckpt.
         configuration: --config FILE, the configuration of its training; by default RUN/config/config.yaml.
         tokenizer: File of the tokenizer; by default that of the run's data.
+        format: torch for plain PyTorch; hf for transformers, of a HuggingFaceModel: weights and configuration by
+            save_pretrained, with the commands of lmms-eval and VLMEvalKit.
         force: Replace an exported model.
     """
+    from lightning_moevlm.cli.models.export_hugging_face import export_hugging_face
     from lightning_moevlm.configuration.resolver import load_run
     from lightning_moevlm.contracts.exported_model import (
         CONFIG_FILE,
@@ -41,7 +45,14 @@ def export(
     target = local_target(str(path.with_suffix("")) if out is None else out, "--out")
     refuse_occupied(target, force)
     run = load_run(path, configuration)
-    read = _tokenizer_of(run.resolved["data"], run.checkpoint) if tokenizer is None else read_tokenizer(tokenizer)
+
+    def own_tokenizer() -> Any:
+        return _tokenizer_of(run.resolved["data"], run.checkpoint) if tokenizer is None else read_tokenizer(tokenizer)
+
+    if format == "hf":
+        export_hugging_face(run, target, own_tokenizer)
+        return
+    read = own_tokenizer()
     spec = run.module.backbone.spec
     if read.vocab_size > spec.vocab_size:
         raise UserError(

@@ -56,14 +56,14 @@ def replace_router(theirs: nn.Module, seam: Seam, block: nn.Module, make: Callab
     trial = random_copy(theirs)
     sample = torch.Generator("cpu").manual_seed(1)
     tokens_TD = torch.randn(_NUM_TRIALS, gate.dim, generator=sample, device="cpu")
-    for bias in _biases(trial, gate.num_experts):
+    for bias in biases_of(trial, gate.num_experts):
         bias.data.copy_(torch.randn(bias.shape, generator=sample, device="cpu") / 10)
     carries = carry(trial, twin)
     factor = 1.0
     answer = ask(trial, block, tokens_TD) if carries else None
     if answer is not None:
         assert not isinstance(answer, str), "it was asked before"
-        factor_or_none = _compare(twin, tokens_TD, answer[gate.indices], answer[gate.weights])
+        factor_or_none = compare(twin, tokens_TD, answer[gate.indices], answer[gate.weights])
         carries, factor = factor_or_none is not None, factor_or_none or 1.0
     if not carries and gate.sum is not None:
         factor = gate.sum / _sum(twin, tokens_TD)
@@ -77,20 +77,27 @@ def carry(theirs: nn.Module, router: nn.Module) -> bool:
     rows = router.rows() if isinstance(router, Router) else None
     if rows is None:
         return False
-    like = [parameter for parameter in theirs.parameters() if parameter.shape == rows.shape]
-    rest = [p for p in theirs.parameters() if p.ndim > 1 and p.shape != rows.shape and p.numel() != len(rows)]
-    if len(like) != 1 or rest:
+    like = like_rows(theirs, rows)
+    if like is None:
         return False
-    theirs_bias, ours = _biases(theirs, len(rows)), getattr(router, "bias_AE", None)
+    theirs_bias, ours = biases_of(theirs, len(rows)), getattr(router, "bias_AE", None)
     if len(theirs_bias) > 1 or (theirs_bias and not isinstance(ours, Tensor)):
         return False
-    rows.copy_(like[0])
+    rows.copy_(like)
     if isinstance(ours, Tensor):  # a bias that they do not have begins at 0
         ours.copy_(theirs_bias[0].reshape(1, -1).expand_as(ours)) if theirs_bias else ours.zero_()
     return True
 
 
-def _biases(theirs: nn.Module, num_experts: int) -> list[Tensor]:
+def like_rows(theirs: nn.Module, rows: Tensor) -> Tensor | None:
+    """Return a router's parameter that is its rows; None if it is not one alone, or another matrix decides too."""
+    like = [parameter for parameter in theirs.parameters() if parameter.shape == rows.shape]
+    rest = [p for p in theirs.parameters() if p.ndim > 1 and p.shape != rows.shape and p.numel() != len(rows)]
+    return None if len(like) != 1 or rest else like[0]
+
+
+def biases_of(theirs: nn.Module, num_experts: int) -> list[Tensor]:
+    """Return a router's biases and those that balance it."""
     tensors = (*theirs.named_parameters(), *theirs.named_buffers())
     return [tensor for name, tensor in tensors if name.endswith("bias") and tensor.numel() == num_experts]
 
@@ -103,16 +110,17 @@ def _plan(router: Router, tokens_TD: Tensor) -> PairPlan:
     return plan
 
 
-def _dense(plan: PairPlan) -> Tensor:
+def to_dense(plan: PairPlan) -> Tensor:
+    """Return the weight of each expert for each token, (T, E)."""
     weight_N = torch.where(plan.chosen_N, plan.weight_N, 0.0)
     flat = plan.token_N * plan.num_experts + plan.expert_N
     zeros = weight_N.new_zeros(plan.num_tokens * plan.num_experts)
     return zeros.index_add(0, flat, weight_N).view(plan.num_tokens, plan.num_experts)
 
 
-def _compare(router: Router, tokens_TD: Tensor, index: Tensor, weight: Tensor) -> float | None:
+def compare(router: Router, tokens_TD: Tensor, index: Tensor, weight: Tensor) -> float | None:
     """Return the factor of their weights over ours; None if the experts differ, or it is not constant."""
-    ours_TE = _dense(_plan(router, tokens_TD))
+    ours_TE = to_dense(_plan(router, tokens_TD))
     theirs_TE = torch.zeros_like(ours_TE).scatter(
         1, index.reshape(len(tokens_TD), -1).long(), weight.reshape(len(tokens_TD), -1).float()
     )
@@ -131,6 +139,6 @@ def _sum(router: Router, tokens_TD: Tensor) -> float:
         rows = router.rows()
         if rows is not None:
             rows.copy_(torch.randn(rows.shape, generator=torch.Generator("cpu").manual_seed(2), device="cpu"))
-    total_T = _dense(_plan(router, tokens_TD)).sum(dim=1)
+    total_T = to_dense(_plan(router, tokens_TD)).sum(dim=1)
     is_constant = bool((total_T - total_T[0]).abs().max() <= _CLOSE * total_T[0].abs())
     return float(total_T[0]) if is_constant and bool(total_T[0] > 0) else 1.0

@@ -53,7 +53,8 @@ class UpcycledExperts(ExpertStack):
 
     def parts(self) -> dict[str, nn.Parameter]:
         """Return the stacks by part."""
-        return {key: self._parameters[name] for key, name in _NAMES.items() if name in self._parameters}  # type: ignore[misc]
+        own = dict(self.named_parameters(recurse=False))
+        return {key: own[name] for key, name in _NAMES.items() if name in own}
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Return the stacks, a gate first and the last matrix last."""

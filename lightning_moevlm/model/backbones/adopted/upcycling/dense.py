@@ -197,13 +197,11 @@ def _computes(module: nn.Module, form: Form) -> bool:
     sample = torch.Generator("cpu").manual_seed(0)
     up = 2 * _HIDDEN if form.joined else _HIDDEN
     sizes = {form.gate: (_DIM, _HIDDEN), form.up: (_DIM, up), form.down: (_HIDDEN, _DIM)}
-    trial = copy.copy(module)
-    trial.training = False
-    trial._modules = {}
+    instead: dict[int, Any] = {id(child): nn.Identity() for child in module.children() if isinstance(child, nn.Dropout)}
     for name, child in module.named_children():
         if name in sizes:
-            child = _shrink(child, *sizes[name], sample)
-        trial._modules[name] = nn.Identity() if isinstance(child, nn.Dropout) else child
+            instead[id(child)] = _shrink(child, *sizes[name], sample)
+    trial = copy.deepcopy(module, instead).eval()
     tokens = torch.randn(1, _NUM_TRIALS, _DIM, generator=sample, device="cpu")
     with torch.no_grad():
         try:
@@ -216,12 +214,13 @@ def _computes(module: nn.Module, form: Form) -> bool:
 
 def _shrink(linear: nn.Module, size_in: int, size_out: int, sample: torch.Generator) -> nn.Module:
     """Return a copy of a linear layer with a small random matrix, fp32 on the CPU."""
-    small = copy.copy(linear)
+    weight, bias = linear.weight, getattr(linear, "bias", None)
     shape = (size_out, size_in) if isinstance(linear, nn.Linear) else (size_in, size_out)
-    small._parameters = {"weight": nn.Parameter(torch.randn(shape, generator=sample, device="cpu"))}
-    _, bias = _matrix(linear)
-    random_bias = None if bias is None else nn.Parameter(torch.randn(size_out, generator=sample, device="cpu"))
-    small._parameters["bias"] = random_bias
+    instead: dict[int, Any] = {
+        id(weight): nn.Parameter(torch.randn(shape, generator=sample, device="cpu")),
+        id(bias): None if bias is None else nn.Parameter(torch.randn(size_out, generator=sample, device="cpu")),
+    }
+    small: Any = copy.deepcopy(linear, instead)
     if not isinstance(linear, nn.Linear):
-        small.nf, small.nx = size_out, size_in  # type: ignore[assignment]
+        small.nf, small.nx = size_out, size_in
     return small

@@ -1,0 +1,1 @@
+"""Writes models of transformers, adopted or upcycled, as transformers reads them."""

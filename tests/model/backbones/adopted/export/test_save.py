@@ -1,0 +1,228 @@
+"""Adopted and upcycled models saved for transformers: plain transformers loads them and computes equal logits."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
+
+import transformers
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.special_tokens import BOS, EOS, PAD
+from lightning_moevlm.data.text.tokenizer import MIN_VOCAB_SIZE, read_tokenizer, train_tokenizer
+from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
+from lightning_moevlm.model.backbones.adopted.export.save import Saved, save_for_transformers
+from lightning_moevlm.model.backbones.adopted.export.scoring import find_scoring
+from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files, write_tokenizer
+from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense
+from lightning_moevlm.model.routers import (
+    CosineRouter,
+    Gate,
+    NoisyTopKRouter,
+    SigmoidBiasRouter,
+    SinkhornRouter,
+    TopKRouter,
+)
+from tests.model.backbones.adopted.small_hugging_face import OLMOE, QWEN, TEXT, small_hugging_face
+from tests.model.backbones.adopted.upcycling.small_dense import small_upcycled
+from tests.small_model import pair_batch
+
+BATCH = pair_batch()
+
+
+def logits(model: HuggingFaceModel) -> Tensor:
+    images = BATCH.images_BRYX if model.images is not None else None
+    with torch.no_grad():
+        output = model.eval()(images, *BATCH[1:3])
+        return model.predict_text(output.tokens_BSD)[output.layout.valid_BS].float()
+
+
+def moved(model: HuggingFaceModel) -> HuggingFaceModel:
+    """The model with other weights, as after training; experts and choices differ then."""
+    sample = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=sample))
+    return model
+
+
+def assert_reloads(model: HuggingFaceModel, folder: Path, rtol: float = 1e-4, atol: float = 1e-5) -> Saved:
+    """Save a model, load it in transformers, and compare the logits of images and texts."""
+    ours = logits(model)
+    saved = save_for_transformers(model, folder)
+    auto = transformers.AutoModelForImageTextToText if saved.sees else transformers.AutoModelForCausalLM
+    loaded, report = auto.from_pretrained(folder, trust_remote_code=saved.is_own, output_loading_info=True)
+    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert type(loaded).__name__ == saved.model_class
+    model.model = loaded
+    torch.testing.assert_close(logits(model), ours, rtol=rtol, atol=atol)
+    return saved
+
+
+@pytest.fixture(autouse=True)
+def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers copies files of models to a cache of the user's."""
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.mark.parametrize(
+    ("family", "model_class", "text_type"),
+    [
+        ("llama", "MixtralForCausalLM", "mixtral"),
+        ("mistral", "MixtralForCausalLM", "mixtral"),
+        ("qwen2", "Qwen2MoeForCausalLM", "qwen2_moe"),  # with a shared expert of no width
+        ("qwen3", "Qwen3MoeForCausalLM", "qwen3_moe"),
+        ("qwen3_vl", "Qwen3VLMoeForConditionalGeneration", "qwen3_vl_moe_text"),
+        ("llava", "LlavaForConditionalGeneration", "qwen2_moe"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors is a no-op")
+def test_families_with_experts_take_upcycled_models(
+    family: str, model_class: str, text_type: str, tmp_path: Path
+) -> None:
+    saved = assert_reloads(moved(small_upcycled(family)), tmp_path)
+    assert (saved.model_class, saved.text_type, saved.is_own) == (model_class, text_type, False)
+    assert saved.difference <= 1e-5
+    assert not (tmp_path / "modeling_upcycled.py").exists()
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "reason"),
+    [
+        ("gemma2", {}, "transformers has no family that is gemma2 with experts"),
+        ("starcoder2", {}, "transformers has no family that is starcoder2 with experts"),
+        ("llama", {"upcycle": UpcycleDense(num_experts=4, moe_every=2)}, "mixtral cannot have dense feed-forwards"),
+        ("qwen3_vl", {"router": partial(SigmoidBiasRouter, top_k=2)}, "qwen3_vl_moe_text routes by the softmax alone"),
+    ],
+)
+def test_others_get_a_small_file(family: str, options: dict[str, Any], reason: str, tmp_path: Path) -> None:
+    model = moved(small_upcycled(family, **options))
+    for layer in model.layers:
+        if isinstance(layer.router, SigmoidBiasRouter):
+            layer.router.bias_AE.copy_(torch.tensor([[0.2, -0.1, 0.0, 0.1]]))
+    saved = assert_reloads(model, tmp_path)
+    assert saved.is_own
+    assert saved.why_own.startswith(reason)
+    assert saved.model_type == f"upcycled_{family}"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"].startswith("modeling_upcycled.")
+    model = model.model
+    if not saved.sees:
+        ids = BATCH.text_BL
+        assert ids is not None
+        assert model.generate(input_ids=ids[:, :4], max_new_tokens=3, do_sample=False).shape == (4, 7)
+
+
+def test_dense_blocks_and_slices_fit_qwen_moe(tmp_path: Path) -> None:
+    options = UpcycleDense(num_experts=8, granularity=2, moe_every=2)
+    saved = assert_reloads(moved(small_upcycled("qwen3", options)), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert (saved.text_type, config["mlp_only_layers"], config["moe_intermediate_size"]) == ("qwen3_moe", [0], 24)
+    assert (config["num_experts_per_tok"], config["norm_topk_prob"], config["intermediate_size"]) == (4, True, 48)
+
+
+def test_narrow_models_are_saved_narrow_and_say_that_routers_are_rounded(tmp_path: Path) -> None:
+    model = small_upcycled("qwen3", dtype="bfloat16")
+    saved = assert_reloads(model, tmp_path, rtol=0.05, atol=0.02)
+    assert saved.rounded == "bfloat16"
+    assert saved.difference <= 1e-5  # compared in fp32
+    assert model.model.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("kind", ["theirs", "ours", "bias"])
+def test_adopted_models_are_saved_as_they_came(kind: str, tmp_path: Path) -> None:
+    deepseek = TEXT | {
+        "model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "n_shared_experts": 1,
+        "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4,
+        "qk_nope_head_dim": 8, "v_head_dim": 8, "num_key_value_heads": 4, "head_dim": 4,
+    }  # fmt: skip
+    model = {
+        "theirs": lambda: small_hugging_face(QWEN),
+        "ours": lambda: small_hugging_face(OLMOE, router=partial(TopKRouter, top_k=2)),
+        "bias": lambda: small_hugging_face(deepseek, router=partial(SigmoidBiasRouter, top_k=2)),
+    }[kind]()
+    moved(model)
+    if kind == "bias":
+        (layer,) = model.layers
+        assert isinstance(layer.router, SigmoidBiasRouter)
+        layer.router.bias_AE.copy_(torch.tensor([[0.2, -0.1, 0.0, 0.1]]))
+    saved = assert_reloads(model, tmp_path, rtol=0 if kind == "theirs" else 1e-5, atol=0 if kind == "theirs" else 1e-6)
+    assert not saved.is_own
+
+
+def test_adapters_are_merged(tmp_path: Path) -> None:
+    saved = assert_reloads(moved(small_hugging_face(QWEN, lora=LoRA())), tmp_path)
+    assert saved.num_adapters == 2 * 4
+
+
+def test_routers_that_transformers_has_not_are_refused(tmp_path: Path) -> None:
+    for model in (
+        small_hugging_face(OLMOE, router=partial(SigmoidBiasRouter, top_k=2)),
+        small_hugging_face(OLMOE, router=partial(SigmoidBiasRouter, top_k=2, score="softmax")),
+        small_upcycled("qwen3", router=partial(CosineRouter, top_k=2)),
+    ):
+        for layer in model.layers:
+            if isinstance(layer.router, SigmoidBiasRouter):
+                layer.router.bias_AE.copy_(torch.tensor([[0.2, -0.1, 0.0, 0.1]]))
+        with pytest.raises(UserError, match="write --format torch"):
+            save_for_transformers(model, tmp_path)
+        assert list(tmp_path.glob("*.safetensors")) == []
+
+
+def test_scorings_are_found_by_asking() -> None:
+    mixed = SigmoidBiasRouter(8, 4, 2, weight_score="softmax")
+    mixed.bias_AE[0, 0] = 0.2
+    found = {}
+    for name, router in {
+        "top-k": TopKRouter(8, 4, 2),
+        "renormalised": TopKRouter(8, 4, 2, renormalise=True),
+        "warm": TopKRouter(8, 4, 2, gate=Gate(temperature=2.0, jitter=0.1)),
+        "noisy": NoisyTopKRouter(8, 4, 2),
+        "sigmoid": SigmoidBiasRouter(8, 4, 2),
+        "sqrt": SigmoidBiasRouter(8, 4, 2, score="sqrt_softplus"),
+        "mixed": mixed,
+        "sinkhorn": SinkhornRouter(8, 4),
+    }.items():
+        scoring = find_scoring(router)
+        found[name] = None if scoring is None else (scoring.score, scoring.renormalise)
+    assert found == {
+        "top-k": ("softmax", False),
+        "renormalised": ("softmax", True),
+        "warm": ("softmax", False),
+        "noisy": ("softmax", False),  # its noise is of training alone
+        "sigmoid": ("sigmoid", True),
+        "sqrt": ("sqrt_softplus", True),
+        "mixed": None,
+        "sinkhorn": ("sigmoid", False),  # likewise its balance,
+    }
+    per_modality = SigmoidBiasRouter(8, 4, 2, per_modality=True)
+    per_modality.bias_AE[0, 0] = 1.0
+    assert find_scoring(per_modality) is None
+
+
+def test_files_of_the_source_are_copied_without_weights(tmp_path: Path) -> None:
+    source, folder = tmp_path / "source", tmp_path / "export"
+    source.mkdir()
+    folder.mkdir()
+    kept = ("chat_template.jinja", "merges.txt", "preprocessor_config.json", "tokenizer.json")
+    for name in (*kept, "config.json", "model.safetensors", "model.safetensors.index.json", "README.md"):
+        (source / name).write_text("{}")
+    assert copy_source_files(str(source), folder) == list(kept)
+    assert sorted(file.name for file in folder.iterdir()) == list(kept)
+    assert copy_source_files("nobody/no-such-model", folder) == []
+
+
+def test_our_tokenizer_encodes_in_transformers_as_in_training(tmp_path: Path) -> None:
+    train_tokenizer(["a red dog on a table"] * 3, MIN_VOCAB_SIZE + 4, tmp_path)
+    own = read_tokenizer(tmp_path / "tokenizer.json")
+    folder = tmp_path / "export"
+    folder.mkdir()
+    assert write_tokenizer(own.to_json(), folder) == ["tokenizer.json", "tokenizer_config.json"]
+    loaded = transformers.AutoTokenizer.from_pretrained(folder)
+    assert loaded("a red table").input_ids == [BOS, *own.ids("a red table")]
+    assert (loaded.pad_token_id, loaded.eos_token_id) == (PAD, EOS)
