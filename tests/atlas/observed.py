@@ -8,9 +8,11 @@ import torch
 
 from lightning_moevlm.atlas.make_atlas import Atlas, make_atlas
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
+from lightning_moevlm.atlas.statistics.claims import ALPHA
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.write.demo.drawing_catalogue import first_drawings
+from lightning_moevlm.data.write.demo.scene_graph import GROUNDS
 from lightning_moevlm.model.backbones import LIMoE
 from lightning_moevlm.model.initial_weights import initialise
 from lightning_moevlm.model.layers import MoEFFN
@@ -46,16 +48,17 @@ def open_data(root: Path) -> ShardDataModule:
 
 
 def small_model(router: Callable[[int, int], Router], top_k: int = 1) -> LIMoE:
-    """Four blocks of width 16, experts in two of them; images of 16 patches."""
+    """Two blocks of width 16, experts in one of them; images of 16 patches."""
     moe = partial(MoEFFN, num_experts=NUM_EXPERTS, router=router)
-    model = LIMoE(dim=16, num_heads=2, num_blocks=4, hidden_dim=16, patch_size=8, moe=moe, **SIZES)
+    model = LIMoE(dim=16, num_heads=2, num_blocks=2, hidden_dim=16, patch_size=8, moe=moe, **SIZES)
     initialise(model, 0)
     return model
 
 
 def tokens_of(data: ShardDataModule, category: str) -> frozenset[int]:
     """Ids of the words that only the objects of a category are named by."""
-    own, others = set[int](), set(data.tokenizer.ids(" a an two three left right of above below and with on ground"))
+    rest = " ".join([" a an two three left right of above below and with on ground", *GROUNDS])
+    own, others = set[int](), set(data.tokenizer.ids(rest))
     for drawing in first_drawings(NUM_DRAWINGS):
         into = own if drawing.category == category else others
         for name in (drawing.name, drawing.plural):
@@ -63,16 +66,16 @@ def tokens_of(data: ShardDataModule, category: str) -> frozenset[int]:
     return frozenset(own - others)
 
 
-def observe(root: Path, model: LIMoE, folder: Path, draws: int = 199, seed: int = 0) -> Atlas:
-    probe = ProbeSet(open_data(root), "train", 200, seed)
+def observe(root: Path, model: LIMoE, folder: Path, draws: int = 99, seed: int = 0, samples: int = 160) -> Atlas:
+    probe = ProbeSet(open_data(root), "train", samples, seed)
     return make_atlas(model, MaskedModelling(model.spec), probe, folder, draws)
 
 
-def claims(atlas: Atlas, alpha: float) -> dict[str, set[int]]:
-    """Experts that are said to be specialised, by label."""
-    found: dict[str, set[int]] = {}
-    for each in atlas.results:
-        chosen = {expert for expert, p in enumerate(each.adjusted_p) if p <= alpha}
-        if chosen:
-            found.setdefault(each.found.label.name, set()).update(chosen)
-    return found
+def claims(atlas: Atlas) -> set[str]:
+    """Labels by which an expert is said to be specialised, whatever value it serves."""
+    return {
+        found.label.name
+        for layer in atlas.of_layers
+        for found, p_E in zip(layer.results, layer.adjusted, strict=True)
+        if (p_E <= ALPHA).any()
+    }

@@ -2,7 +2,8 @@
 
 A router that looks at positions alone, or at identities alone, follows the content of images and texts by accident: the
 first word is an article, and a ground is often white. Each label therefore names the null models of which the claim is
-independent (`atlas/statistics/null_models.py` has them); the claim's p is the largest of theirs.
+independent (`atlas/statistics/null_models.py` has them); the claim's p is the largest of theirs. Words and colours are
+what tokens are by themselves: of them a router that looks at identities may well be said to be specialised.
 """
 
 from collections.abc import Sequence
@@ -56,7 +57,7 @@ _GROUPED = (Null.SAMPLES, Null.IDENTITIES, Null.OBJECTS)
 LABELS: tuple[Label, ...] = (
     Label("modality", None, "Modality", (Null.IDENTITIES, Null.POSITIONS)),
     Label("image/position", Modality.IMAGE, "Position of patches", (Null.SHIFTS, Null.IDENTITIES)),
-    Label("image/colour", Modality.IMAGE, "Colour of patches", _CONTENT),
+    Label("image/colour", Modality.IMAGE, "Colour of patches", (Null.SAMPLES,)),
     Label("text/position", Modality.TEXT, "Position of words", (Null.SHIFTS, Null.IDENTITIES)),
     Label("text/word", Modality.TEXT, "Word", (Null.SAMPLES,)),
     Label("text/word class", Modality.TEXT, "Word class", _CONTENT),

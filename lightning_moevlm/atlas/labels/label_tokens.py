@@ -114,7 +114,7 @@ class LabelReader:
         patches = self.grid**2
         cells = min(self.grid, _MOST_CELLS)
         named = [
-            f"row {patch // self.grid * cells // self.grid + 1}, column {patch % self.grid * cells // self.grid + 1}"
+            f"row {patch // self.grid * cells // self.grid + 1}, col {patch % self.grid * cells // self.grid + 1}"
             for patch in range(patches)
         ]
         codes["image/position"][: len(images_BRYX), :patches] = self.values["image/position"].codes(named)

@@ -1,7 +1,7 @@
 """Draws tables of experts and values as they are if a claim is not true (`atlas/labels/label.py` says which hold).
 
-samples     Within a block of samples, labels move on by a random number of samples, at each position among the samples
-            that have one there. What positions decide is the same in every draw, and tokens of a sample stay together.
+samples     Within a block of samples, each gets the labels of another one, at each position among the samples that have
+            one there. What positions decide is the same in every draw, and labels of a sample stay together.
 shifts      In each sample labels move on by a random number of its tokens, over the end to the beginning
             (the toroidal shift of spatial statistics: Lotwick and Silverman 1982).
 units       Token ids, objects or positions: each gets the distribution over experts of another one, at random. What
@@ -51,21 +51,16 @@ def draw_samples(blocks: Iterable[BlockPairs], shape: Shape, draws: int, generat
     """Draw tables (B, E, V) in which labels move between the samples of a block."""
     total = np.zeros((draws, *shape))
     for block in blocks:
-        rank_BS, count_S, packed_SB = _pack(block.known_BS.T, block.code_BS.T)
-        rank_N, count_N = rank_BS.T[block.row_N, block.position_N], count_S[block.position_N]
-        size = len(block.known_BS)
-        moved = np.stack(
-            [
-                tabulate(
-                    block.expert_N,
-                    packed_SB[block.position_N, (rank_N + shift) % count_N],
-                    block.weight_N,
-                    shape,
-                )
-                for shift in range(size)
-            ]
-        )
-        total += moved[generator.integers(size, size=draws)]
+        rank_BS = np.cumsum(block.known_BS, axis=0) - 1
+        place_N = rank_BS[block.row_N, block.position_N] * block.known_BS.shape[1] + block.position_N
+        for number in range(draws):
+            order_B = generator.permutation(len(block.known_BS))
+            known_BS, code_BS = block.known_BS[order_B], block.code_BS[order_B]
+            if not block.known_BS.all():  # at each position, those that have a label move to the front
+                row_M, position_M = np.nonzero(known_BS)
+                code_M = code_BS[row_M, position_M]
+                code_BS[(np.cumsum(known_BS, axis=0) - 1)[row_M, position_M], position_M] = code_M
+            total[number] += tabulate(block.expert_N, code_BS.ravel()[place_N], block.weight_N, shape)
     return total
 
 

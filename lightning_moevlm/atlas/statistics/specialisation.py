@@ -56,6 +56,8 @@ class Specialisation:
     p: float
     """Of the layer."""
     nmi_E: Floats
+    bits_E: Floats
+    """Information of "is it this expert?" and the label, over the layer's tokens that have the label."""
     p_E: Floats
     """Not corrected."""
     p_of_null: dict[Null, Floats]
@@ -117,6 +119,7 @@ def specialise(
         by_chance / float(least) if least > 0 else 0.0,
         p_whole,
         normalise(found.of_expert_E, binary_E, np.broadcast_to(value_entropy, binary_E.shape)),
+        found.of_expert_E / np.log(2),
         np.max(list(p_of_null.values()), axis=0),
         p_of_null,
     )  # fmt: skip

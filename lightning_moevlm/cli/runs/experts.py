@@ -1,16 +1,19 @@
 """`moevlm experts`: which expert serves what, and whether that is more than chance."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from lightning_moevlm.cli.output import show
+from lightning_moevlm.cli.output import console, show
 from lightning_moevlm.common.atomic_files import check_writable
 from lightning_moevlm.common.number_checks import check_number
 
 if TYPE_CHECKING:
     from lightning_moevlm.configuration.run_option import TrainedModel
     from lightning_moevlm.data.datamodule import ShardDataModule
+
+_FOLDER = "experts"
+"""Of a run's folder and of its artifacts."""
 
 
 def experts(
@@ -44,9 +47,12 @@ def experts(
         tracking_uri: MLflow store of the run; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
     """
     from lightning_moevlm.atlas.make_atlas import make_atlas
+    from lightning_moevlm.atlas.page.sentences import describe
+    from lightning_moevlm.atlas.page.write_atlas import HTML_FILE, JSON_FILE, TENSORS_FILE, write_atlas
     from lightning_moevlm.atlas.probe.probe_set import ProbeSet
     from lightning_moevlm.configuration.resolver import load_run
     from lightning_moevlm.configuration.run_option import find_trained_model
+    from lightning_moevlm.tracking.record.add_files import add_files
 
     check_number("draws", draws, least=19)
     check_number("batch_size", batch_size, least=1)
@@ -56,8 +62,21 @@ def experts(
     loaded = load_run(found.checkpoint, found.config)
     probe = ProbeSet(_data(loaded.resolved["data"], data), split, samples, seed)
     atlas = make_atlas(loaded.module.backbone, loaded.module.objective, probe, folder, draws, batch_size)
+    about = {
+        "run": _name(loaded.resolved, found),
+        "checkpoint": found.checkpoint.name,
+        "step": int(loaded.checkpoint.get("global_step", 0)),
+    }
+    page = write_atlas(atlas, about, f"moevlm experts {run}", folder)
     rows = atlas.rows()
     show(_table(rows), rows, json)
+    if json is None:
+        terminal = console()
+        for line in (*describe(atlas), f"Page: {page}"):
+            terminal.print(line, highlight=False, markup=False, soft_wrap=True)
+    if found.store is not None and found.folder is not None:
+        files = [folder / name for name in (HTML_FILE, JSON_FILE, TENSORS_FILE)]
+        add_files(found.store, found.folder.name, files, _FOLDER)
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
@@ -69,13 +88,19 @@ def expand_shorthand(words: Sequence[str]) -> list[str]:
     return full
 
 
+def _name(resolved: Mapping[str, Any], found: "TrainedModel") -> str:
+    logger = resolved.get("trainer", {}).get("logger")
+    named = (logger.get("init_args") or {}).get("run_name") if isinstance(logger, dict) else None
+    return str(named or (found.checkpoint.stem if found.folder is None else found.folder.name))
+
+
 def _folder(found: "TrainedModel") -> Path:
     if found.folder is not None:
-        return found.folder / "experts"
+        return found.folder / _FOLDER
     return found.checkpoint.with_name(f"{found.checkpoint.stem}-experts")
 
 
-def _data(resolved: dict[str, Any], root: str | None) -> "ShardDataModule":
+def _data(resolved: Mapping[str, Any], root: str | None) -> "ShardDataModule":
     """Return the data of a run; root: another set in their place, of which images and texts alone are read."""
     from lightning_moevlm.configuration.resolver import build_data
 

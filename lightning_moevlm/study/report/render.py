@@ -15,10 +15,15 @@ _TEMPLATES = Path(__file__).parent / "templates"
 
 def render(template: str, **values: object) -> str:
     """Return a template with its values; those of HTML are escaped."""
+    return render_of(_TEMPLATES, template, **values)
+
+
+def render_of(folder: Path, template: str, **values: object) -> str:
+    """Return a template of another folder with its values; it may include and import those here."""
     import jinja2
 
     environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(_TEMPLATES),
+        loader=jinja2.FileSystemLoader([folder, _TEMPLATES]),
         autoescape=".html" in template,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -1,0 +1,1 @@
+"""The tokens of which an expert is surest, with their surroundings."""

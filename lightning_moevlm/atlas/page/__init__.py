@@ -1,0 +1,1 @@
+"""The atlas as a page, and as records beside it."""

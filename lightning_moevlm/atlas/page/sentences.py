@@ -1,0 +1,40 @@
+"""Says what an atlas shows: what is specialised, and what is not."""
+
+from collections import Counter
+
+from lightning_moevlm.atlas.make_atlas import Atlas
+from lightning_moevlm.atlas.statistics.claims import ALPHA
+
+_NAMED = 3
+
+
+def describe(atlas: Atlas) -> tuple[str, ...]:
+    """Return the finding: how many experts serve something, the strongest of them, and the labels without any."""
+    experts = sum(each.layer.num_experts for each in atlas.of_layers)
+    claims = [
+        (claims[0], each.layer.layer, expert)
+        for each in atlas.of_layers
+        for expert, claims in enumerate(each.claims)
+        if claims
+    ]
+    titles = {label.name: label.title.lower() for label in atlas.labels}
+    layers = "1 layer" if len(atlas.of_layers) == 1 else f"{len(atlas.of_layers)} layers"
+    lines = [
+        f"{len(claims)} of {experts} experts in {layers} serve something more than chance and the null models explain "
+        f"(p at most {ALPHA:g} after Holm)."
+    ]
+    by_label = Counter(claim.label for claim, _, _ in claims)
+    if by_label:
+        parts = ", ".join(f"{titles[name]} ({count})" for name, count in by_label.most_common())
+        lines.append(f"What they serve first: {parts}.")
+    for claim, layer, expert in sorted(claims, key=lambda each: -each[0].bits)[:_NAMED]:
+        lines.append(
+            f"{layer}, expert {expert}: {titles[claim.label]} “{claim.value}” is {claim.share:.0%} of its tokens with "
+            f"this label and {claim.base:.1%} of all such tokens: lift {claim.lift:.1f}, interval {claim.low:.1f} to "
+            f"{claim.high:.1f}."
+        )
+    named = {claim.label for each in atlas.of_layers for claims in each.claims for claim in claims}
+    rest = [titles[label.name] for label in atlas.labels if label.name not in named]
+    if rest:
+        lines.append(f"No expert is specialised by: {', '.join(rest)}.")
+    return tuple(lines)
