@@ -82,8 +82,8 @@ def objects_of_words(objects: Sequence[SceneObject], words: Sequence[str]) -> li
 
 
 def _is_form(word: str, singular: str) -> bool:
-    """Whether a word is a singular or its plural: stars, buses, tomatoes, cacti."""
+    """Whether a word is a singular or its plural: stars, buses, leaves, cacti."""
     if word == singular:
         return True
-    stem = singular[:-2] if len(singular) > 4 else singular
+    stem = singular[: max(3, len(singular) - 2)]
     return word.startswith(stem) and word[-1:] in ("s", "i") and abs(len(word) - len(singular)) <= 2

@@ -1,0 +1,106 @@
+"""A trace gives back what was routed, and needs no more memory for a larger probe."""
+
+import tracemalloc
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lightning_moevlm.atlas.labels.label import BY_NAME, Null
+from lightning_moevlm.atlas.labels.label_tokens import LabelReader
+from lightning_moevlm.atlas.probe.probe_set import ProbeSet
+from lightning_moevlm.atlas.routing.route import RoutedBatch, route
+from lightning_moevlm.atlas.routing.trace import Trace, TraceWriter
+from lightning_moevlm.atlas.statistics.specialisation import specialise
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.routers import FixedRouter, SoftRouter
+from tests.atlas.observed import NUM_EXPERTS, open_data, small_model
+
+
+@pytest.fixture(scope="module")
+def routed(many_scenes: Path) -> tuple[LabelReader, tuple[RoutedBatch, ...]]:
+    """48 samples in two batches, routed by position."""
+    model = small_model(FixedRouter)
+    probe = ProbeSet(open_data(many_scenes), "train", 48)
+    reader = LabelReader(model, probe.tokenizer)
+    return reader, tuple(route(model, MaskedModelling(model.spec), probe, reader))
+
+
+def test_a_trace_is_what_was_routed(routed: tuple[LabelReader, tuple[RoutedBatch, ...]], tmp_path: Path) -> None:
+    reader, batches = routed
+    with TraceWriter(tmp_path / "trace.safetensors") as writer:
+        for each in batches:
+            writer.add(each)
+    trace = Trace(tmp_path / "trace.safetensors")
+    (layer,) = trace.layers
+    assert (trace.num_samples, trace.length, layer.num_experts) == (48, 16 + 32, NUM_EXPERTS)
+    assert [*trace.blocks(32)] == [slice(0, 32), slice(32, 48)]
+    last = batches[-1]
+    rows = slice(32, 48)
+    assert np.array_equal(trace.chosen(layer, rows), last.layers[0].chosen_BSE.numpy())
+    assert np.array_equal(trace.seen(layer, rows), last.labels.valid_BS)
+    assert np.array_equal(trace.label("image/category", rows), last.labels.codes["image/category"])
+    assert np.array_equal(trace.unit(Null.IDENTITIES, rows), last.labels.units[Null.IDENTITIES])
+    assert {label.name for label in reader.known()} >= {"modality", "image/position", "text/word", "text/object"}
+    # every patch has an expert of its turn, padding none
+    assert (trace.chosen(layer, rows)[:, :16].argmax(-1) == np.arange(16) % NUM_EXPERTS).all()
+    assert (trace.chosen(layer, rows).sum(-1) == trace.seen(layer, rows)).all()
+
+
+def test_a_trace_that_fails_leaves_nothing(routed: tuple[LabelReader, tuple[RoutedBatch, ...]], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="stop"), TraceWriter(tmp_path / "trace.safetensors") as writer:
+        writer.add(routed[1][0])
+        raise UserError("stop")
+    assert not any(tmp_path.iterdir())
+
+
+def test_memory_does_not_grow_with_the_probe(
+    routed: tuple[LabelReader, tuple[RoutedBatch, ...]], tmp_path: Path
+) -> None:
+    reader, batches = routed
+    label = BY_NAME["text/category"]
+
+    def peak(times: int) -> int:
+        file = tmp_path / f"{times}.safetensors"
+        tracemalloc.start()
+        with TraceWriter(file) as writer:
+            for _ in range(times):
+                for each in batches:
+                    writer.add(each)
+        trace = Trace(file)
+        assert trace.num_samples == 48 * times
+        assert specialise(trace, trace.layers[0], label, reader.values[label.name].names, 19, 0) is not None
+        return tracemalloc.get_traced_memory()[1]
+
+    small, large = peak(4), peak(24)
+    tracemalloc.stop()
+    assert large < 1.1 * small + 20_000
+
+
+def test_soft_slots_have_shares(many_scenes: Path, tmp_path: Path) -> None:
+    model = small_model(SoftRouter)
+    probe = ProbeSet(open_data(many_scenes), "train", 8)
+    reader = LabelReader(model, probe.tokenizer)
+    (batch,) = route(model, MaskedModelling(model.spec), probe, reader)
+    with TraceWriter(tmp_path / "trace.safetensors") as writer:
+        writer.add(batch)
+    trace = Trace(tmp_path / "trace.safetensors")
+    (layer,) = trace.layers
+    chosen = trace.chosen(layer, slice(0, 8))
+    assert layer.is_soft and chosen == pytest.approx(batch.layers[0].chosen_BSE.numpy(), abs=1e-3)
+    assert chosen.sum(-1)[batch.labels.valid_BS] == pytest.approx(1, abs=1e-2)
+    found = specialise(trace, layer, BY_NAME["modality"], reader.values["modality"].names, 19, 0)
+    assert found is not None and found.counts_EV.sum() == pytest.approx(batch.labels.valid_BS.sum(), rel=1e-2)
+
+
+def test_a_probe_is_named_by_its_keys(many_scenes: Path) -> None:
+    data = open_data(many_scenes)
+    first, again, other = (ProbeSet(data, "train", 20, seed) for seed in (0, 0, 1))
+    assert first.record == again.record and first.record.keys != other.record.keys
+    assert first.record.name == f"train-20-seed0-{first.record.keys}"
+    keys = [key for batch in first.batches(7) for key in batch.batch.keys]
+    assert len(keys) == len(set(keys)) == 20
+    assert [key for batch in first.batches(20) for key in batch.batch.keys] == keys
+    with pytest.raises(UserError, match="samples is 0"):
+        ProbeSet(data, "train", 0)
