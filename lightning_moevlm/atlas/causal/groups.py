@@ -1,7 +1,7 @@
 """Groups the samples of a probe by what they hold, for effects by category."""
 
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,21 +12,25 @@ from lightning_moevlm.atlas.routing.trace import Trace
 from lightning_moevlm.contracts.routing_plan import Modality
 
 EVERY = "all samples"
-_OF_SAMPLES = ("object", "category", "object colour", "question kind", "class")
-"""Labels by which samples differ; words and positions are in almost all of them."""
-_MOST_VALUES = 30
+_OF_SAMPLES = ("object", "category", "object colour", "question kind", "class", "word", "colour")
+"""Labels by which samples differ; all of them have the same positions."""
+_MOST_VALUES = 12
 _ROWS = 256
 
 
-def group_samples(trace: Trace, names: Mapping[str, tuple[str, ...]]) -> dict[str, Member]:
+def group_samples(
+    trace: Trace, names: Mapping[str, tuple[str, ...]], wanted: Collection[str] = ()
+) -> dict[str, Member]:
     """Return the samples of each group, bool (N), by name.
 
     A sample belongs to the group "category fruit" if a patch or a word of it does. Groups that hold, or lack, fewer
-    than `LEAST` samples are left out, and of each label all but the most frequent values.
+    than `LEAST` samples are left out, and of each label all but the most frequent values: the more groups, the fewer
+    effects stand after Holm.
 
     Args:
         trace: of N samples.
         names: values of each label, by code.
+        wanted: groups that are kept however rare they are.
     """
     found: dict[str, dict[str, Member]] = defaultdict(dict)
     for label in trace.labels():
@@ -41,8 +45,9 @@ def group_samples(trace: Trace, names: Mapping[str, tuple[str, ...]]) -> dict[st
     groups = {EVERY: np.ones(trace.num_samples, np.bool_)}
     for kind, members in found.items():
         tested = {value: member_N for value, member_N in members.items() if _is_tested(member_N)}
-        most = sorted(tested, key=lambda value: -int(tested[value].sum()))[:_MOST_VALUES]
-        groups |= {f"{kind} {value}": tested[value] for value in most}
+        order = sorted(tested, key=lambda value: -int(tested[value].sum()))
+        kept = [value for place, value in enumerate(order) if place < _MOST_VALUES or f"{kind} {value}" in wanted]
+        groups |= {f"{kind} {value}": tested[value] for value in kept}
     return groups
 
 

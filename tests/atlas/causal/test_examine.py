@@ -57,9 +57,10 @@ def test_a_planted_specialist_is_needed_for_its_category(to: To, many_scenes: Pa
 def test_groups_are_of_samples(many_scenes: Path, tmp_path: Path) -> None:
     data = open_data(many_scenes)
     model = small_model(partial(PlantedRouter, planted=frozenset({5}))).eval()
-    probe = ProbeSet(data, "train", 40, 0)
+    probe = ProbeSet(data, "train", 150, 0)
     atlas = make_atlas(model, MaskedModelling(model.spec), probe, tmp_path, draws=19)
-    groups = group_samples(Trace(tmp_path / TRACE_FILE), atlas.names)
+    trace = Trace(tmp_path / TRACE_FILE)
+    groups = group_samples(trace, atlas.names)
     expected = [
         any(each["category"] == "fruit" for each in annotation["objects"])
         for batch in probe.batches()
@@ -67,5 +68,9 @@ def test_groups_are_of_samples(many_scenes: Path, tmp_path: Path) -> None:
     ]
     if "category fruit" in groups:
         assert np.array_equal(groups["category fruit"], expected)
+    words = {name for name in groups if name.startswith("word ")}
+    assert len(words) == 12 and not any(name.startswith("position") for name in groups)
+    more = {name for value in atlas.names["text/word"] if (name := f"word {value}")}
+    assert words < {name for name in group_samples(trace, atlas.names, more) if name.startswith("word ")}
     assert not any(name.startswith(("source", "modality")) for name in groups), "of one set of pairs there is one kind"
-    assert all(8 <= member_N.sum() <= 32 for name, member_N in groups.items() if name != EVERY)
+    assert all(8 <= member_N.sum() <= 142 for name, member_N in groups.items() if name != EVERY)
