@@ -61,3 +61,29 @@ def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.Ca
     ):
         assert main(["experts", *arguments]) == 2
         assert told in " ".join(capfd.readouterr().err.split())
+
+
+def test_parts_are_made_on_demand(run: Path) -> None:
+    asked = ("observed", "--split=train", "--remove=next", "--others=['observed']")
+    assert main(["experts", *asked, *QUICK, "--out=parts"]) == 0
+    written = json.loads(Path("parts/experts.json").read_text())
+    needs, seeds = written["needs"], written["seeds"]
+    assert needs["samples"] == 40 and len(needs["experts"]) == 2 * 4 and needs["groups"]["all samples"] == 40
+    assert {each["routing"] for each in needs["layers"]} >= {"random experts", "hashed experts"}
+    assert all(place["agreement"] == 1 for place in seeds["observed"])
+    page = Path("parts/experts.html").read_text()
+    assert "What needs which expert?" in page and "Does it repeat?" in page and "When did it come about?" not in page
+
+
+def test_a_history_needs_checkpoints_of_a_run(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    lonely, config = (
+        shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lonely.ckpt"),
+        str(run / "config/config.yaml"),
+    )
+    for arguments, told in (
+        (["observed"], "needs two checkpoints of different steps, and the run has 1"),
+        ([str(lonely), "-c", config], "this checkpoint is in the folder of none"),
+    ):
+        assert main(["experts", *arguments, "--history=true"]) == 2
+        assert told in " ".join(capfd.readouterr().err.split())
+    assert main(["experts", "observed", "--others=['nobody']"]) == 2

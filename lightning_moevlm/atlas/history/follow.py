@@ -77,11 +77,7 @@ def follow(
         UserError: fewer than two checkpoints of different steps, or a model without experts for these samples.
     """
     by_step = dict(sorted(checkpoints))
-    if len(by_step) < 2:
-        raise UserError(
-            f"a history needs two checkpoints of different steps, and the run has {len(by_step)}: train with "
-            "-c conf/callbacks/keep_checkpoints.yaml"
-        )
+    refuse_short_course(by_step)
     with _Traces(folder) as traces:
         reader: LabelReader | None = None
         for step, file in track(by_step.items(), len(by_step), "routing by each checkpoint"):
@@ -104,6 +100,16 @@ def follow(
             if (found := [*_specialise(steps, of_steps, layer, label, reader, probe.seed)])
         }
     return History(steps, settling, specialisation)
+
+
+def refuse_short_course(steps: Iterable[int]) -> None:
+    """Refuse fewer than two checkpoints of different steps, with a UserError."""
+    number = len(set(steps))
+    if number < 2:
+        raise UserError(
+            f"a history needs two checkpoints of different steps, and the run has {number}: train with "
+            "-c conf/callbacks/keep_checkpoints.yaml"
+        )
 
 
 def compare_runs(

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_moevlm.cli.output import console, show
+from lightning_moevlm.cli.runs.expert_sections import find_parts, make_sections
 from lightning_moevlm.common.atomic_files import check_writable
 from lightning_moevlm.common.number_checks import check_number
 
@@ -26,6 +27,9 @@ def experts(
     seed: int = 0,
     draws: int = 999,
     batch_size: int = 32,
+    remove: Literal["next", "nothing"] | None = None,
+    history: bool = False,
+    others: list[str] | None = None,
     out: str | None = None,
     json: str | None = None,
     tracking_uri: str | None = None,
@@ -42,6 +46,10 @@ def experts(
         seed: Seed of their choice and of the null models.
         draws: Draws of each null model.
         batch_size: Samples of a forward pass.
+        remove: Also switch off each expert, and route each layer otherwise, to see which samples need which expert. Its
+            tokens go to the next-ranked expert (next) or to none (nothing). Runs the probe once for each.
+        history: Also follow routing over the checkpoints of the run.
+        others: Runs of other seeds (names, ids or folders) whose experts are matched to those of this one.
         out: Folder to write; by default experts/ in the folder of the run, or beside the checkpoint.
         json: Write one record per layer and label to this file as JSON instead of the table; - is standard output.
         tracking_uri: MLflow store of the run; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
@@ -57,6 +65,7 @@ def experts(
     check_number("draws", draws, least=19)
     check_number("batch_size", batch_size, least=1)
     found = find_trained_model(run, ckpt_path, config_file, tracking_uri)
+    asked = find_parts(found, remove, history, others or (), tracking_uri)
     folder = _folder(found) if out is None else Path(out)
     check_writable(folder, "out")
     loaded = load_run(found.checkpoint, found.config)
@@ -67,12 +76,14 @@ def experts(
         "checkpoint": found.checkpoint.name,
         "step": int(loaded.checkpoint.get("global_step", 0)),
     }
-    page = write_atlas(atlas, about, f"moevlm experts {run}", folder)
+    sections = make_sections(asked, atlas, found, loaded, probe, folder, batch_size)
+    page = write_atlas(atlas, about, f"moevlm experts {run}", folder, sections)
     rows = atlas.rows()
     show(_table(rows), rows, json)
     if json is None:
         terminal = console()
-        for line in (*describe(atlas), f"Page: {page}"):
+        told = [line for section in sections for line in section.sentences]
+        for line in (*describe(atlas), *told, f"Page: {page}"):
             terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if found.store is not None and found.folder is not None:
         files = [folder / name for name in (HTML_FILE, JSON_FILE, TENSORS_FILE)]
