@@ -33,27 +33,37 @@ def measured(module: VisionLanguageModule, batches: list[Batch]) -> dict[str, fl
     return {key: float(value) for key, value in trainer.callback_metrics.items()}
 
 
-@pytest.mark.parametrize("build", [small_vl_moe, small_limoe])
-def test_evaluation_does_not_depend_on_the_batch_size(build: Callable[..., Backbone]) -> None:
-    losses = AuxiliaryLosses(**{name: kind() for name, kind in EVERY_LOSS.items()})
+def losses_without(balance: str) -> AuxiliaryLosses:
+    """Every loss but one of the two that balance the load: one alone may be on."""
+    chosen = {name: kind() for name, kind in EVERY_LOSS.items() if name != balance}
+    return AuxiliaryLosses(**{"load_balance": None} | chosen)
+
+
+@pytest.mark.parametrize(
+    ("build", "without"),
+    [(small_vl_moe, "cross_layer_balance"), (small_limoe, "load_balance")],
+    ids=["vl_moe", "limoe"],
+)
+def test_evaluation_does_not_depend_on_the_batch_size(build: Callable[..., Backbone], without: str) -> None:
+    losses = losses_without(without)
     module = VisionLanguageModule(build(top_k=2), losses=losses, init_std=0.3)
     whole = uneven_batch(25)
     expected = measured(module, [whole])
     assert {"val/task_loss", "val/accuracy_text", "val_loss/pair_text", "val_loss/image"} <= expected.keys()
-    assert {f"val_loss/{name}" for name in EVERY_LOSS} <= expected.keys()
+    assert {f"val_loss/{name}" for name in EVERY_LOSS.keys() - {without}} <= expected.keys()
     for size in (1, 4, 10):
         assert measured(module, cut(whole, size)) == pytest.approx(expected, rel=2e-5)
 
 
 def test_losses_of_an_evaluation_are_those_of_its_joined_batch() -> None:
-    losses = AuxiliaryLosses(**{name: kind() for name, kind in EVERY_LOSS.items()})
+    losses = losses_without("load_balance")
     module = VisionLanguageModule(small_vl_moe(), losses=losses, init_std=0.3).eval()
     batch = uneven_batch(12)
     found = measured(module, cut(batch, 5))
     with torch.no_grad():
         output = module.objective(module.backbone, batch, module.draws("val"))
         terms = losses.terms(loss_inputs(module.backbone, output.plans, {}, training=False), output.log_partitions)
-    assert terms.keys() == EVERY_LOSS.keys()
+    assert terms.keys() == EVERY_LOSS.keys() - {"load_balance"}
     for name, term in terms.items():
         assert found[f"val_loss/{name}"] == pytest.approx(float(term.raw), rel=1e-5), name
 

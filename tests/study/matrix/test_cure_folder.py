@@ -63,7 +63,7 @@ def test_a_folder_is_run_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatc
 def test_a_part_of_the_seeds_is_drawn_and_repeated(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds that are left out are missing nowhere; arms that are named are a look at a part, and repeat nothing."""
     monkeypatch.chdir(tmp_path)
-    design = {"all": [], "on_healthy": [], "fresh_seeds": [7, 8]}
+    design = {"all": [], "on_healthy": [], "fresh_seeds": [7, 8], "fresh_arms": ["sick__warm"]}
     write_cures(tmp_path / "cures", "fever", ("warm",), uri, design=design, seeds=[0, 1, 2])
     told = Console(record=True, width=200, file=(tmp_path / "out.txt").open("w"))
     calls: list[tuple[str, tuple[str, ...]]] = []
@@ -86,8 +86,10 @@ def test_a_part_of_the_seeds_is_drawn_and_repeated(uri: str, tmp_path: Path, mon
     text = told.export_text()
     assert "This matrix is of the seeds 0, 1 alone; 2 are left out." in text
     assert "1 of the 1 verdicts that were repeated are the same on fresh seeds." in text
-    whole, _ = cure_folder.draw(cure_folder.plan_folder("cures", builders), builders, told)
+    whole, named = cure_folder.draw(cure_folder.plan_folder("cures", builders), builders, told)
     assert (whole.part, len(whole.missing["fever"])) == ("", 1)
+    assert [[arm.name for arm in plan.comparison.arms] for plan in named] == [["healthy", "sick", "sick__warm"]]
+    assert whole.rows[0].cells[0].effect is None and whole.rows[0].cells[0].fresh is not None  # named: in any case
     with pytest.raises(UserError, match=r"fever has no seed '9'"):
         cure_folder.draw(cure_folder.plan_folder("cures", builders, ("seed=9",)), builders, told)
 
