@@ -200,10 +200,14 @@ class Telemetry(Callback):
         for name, num_cut, num_texts in zip(loader.source_names, loader.num_cut, loader.num_texts, strict=True):
             if num_cut and num_texts >= enough and name not in self._reported_truncation:
                 self._reported_truncation.add(name)
+                data: Any = trainer.datamodule  # type: ignore[attr-defined]
+                limit = f"data.max_text_len {data.max_text_len}"
+                advice = "`moevlm data check` shows the share by length"
+                if getattr(data, "chats", None) is not None:
+                    limit, advice = f"data.chat.max_len {data.chats.options.max_len}", "raise it to keep them whole"
                 rank_zero_info(
-                    f"{name}: {num_cut / num_texts:.1%} of {num_texts:,} captions are longer than data.max_text_len "
-                    f"{trainer.datamodule.max_text_len} and lose their end; "  # type: ignore[attr-defined]
-                    "`moevlm data check` shows the share by length"
+                    f"{name}: {num_cut / num_texts:.1%} of {num_texts:,} captions are longer than {limit} and lose "
+                    f"their end; {advice}"
                 )
 
     def _step_values(self, pl_module: LightningModule) -> dict[str, float]:
