@@ -5,13 +5,13 @@ from typing import Any
 from lightning_moevlm.atlas.causal.effects import GroupEffect
 from lightning_moevlm.atlas.causal.examine import Examination
 from lightning_moevlm.atlas.causal.groups import EVERY
-from lightning_moevlm.atlas.causal.roles import Need, Role
+from lightning_moevlm.atlas.causal.roles import Need, Role, TestedClaim
 from lightning_moevlm.atlas.causal.show_effect import effect_record, show_effect
 from lightning_moevlm.atlas.section import Section, show_p
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 
 _ALPHA = 0.05
-_SHOWN, _GROUPS_SHOWN = 3, 5
+_SHOWN, _GROUPS_SHOWN = 2, 5
 
 
 def causal_section(found: Examination) -> Section:
@@ -30,7 +30,7 @@ def _sentences(found: Examination) -> tuple[str, ...]:
         f"Experts whose removal raises the loss of all samples: {len(needed)} of {len(found.effects)}. Experts that a "
         f"group of samples needs more than the others do: {len(specific)}.",
     ]
-    for role in specific[:_SHOWN]:
+    for role in specific[: 2 * _SHOWN]:
         groups = ", ".join(f"{each.group} ({show_effect(each.loss)})" for each in role.needed_for[:_SHOWN])
         lines.append(f"{str(role.expert).capitalize()} is needed for {groups}.")
     counts = {need: sum(claim.need is need for claim in found.claims) for need in Need}
@@ -40,8 +40,16 @@ def _sentences(found: Examination) -> tuple[str, ...]:
             + ", ".join(f"{need}: {count}" for need, count in counts.items())
             + "."
         )
-    shown = [claim.sentence for need in (Need.NOT_SEEN, Need.SPECIFIC) for claim in found.claims if claim.need is need]
-    return (*lines, *shown[:_SHOWN])
+    confirmed = [claim for claim in found.claims if claim.need is Need.SPECIFIC]
+    alone = [claim for claim in found.claims if claim.need is Need.NOT_SEEN]
+    strongest = sorted(confirmed, key=_excess, reverse=True)[:_SHOWN]
+    strongest += sorted(alone, key=lambda claim: -claim.serves.lift)[:_SHOWN]
+    return (*lines, *(claim.sentence for claim in strongest))
+
+
+def _excess(claim: TestedClaim) -> float:
+    more = None if claim.effect is None else claim.effect.more
+    return 0.0 if more is None else more.mean
 
 
 def _is_needed(role: Role) -> bool:

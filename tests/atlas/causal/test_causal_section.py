@@ -30,7 +30,8 @@ def test_needs_are_told() -> None:
         "Observed preferences for groups of samples: 2. needed for it: 1, needed, not specific: 0, not seen: 1, "
         "not tested: 0.",
     )
-    assert "its removal is not seen to hurt them" in section.sentences[4]
+    assert "and they need it" in section.sentences[4]
+    assert "its removal is not seen to hurt them" in section.sentences[5]
     experts, claims, layers = section.tables
     assert experts.rows[0] == (
         "expert 3 of blocks.1.ffn", "+0.1 [+0.09, +0.11]", "0.0001", "category apple +0.29 [+0.28, +0.3]",
