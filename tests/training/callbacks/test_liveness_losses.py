@@ -219,3 +219,17 @@ def test_a_loss_on_a_router_that_training_has_saturated_is_idle() -> None:
     receipts, _ = asked(module)
     for name in ("load_balance", "importance"):
         assert receipts[f"losses.{name}"].startswith("idle: no gradient on router weights here; a plan pushed")
+
+
+def test_a_coupling_that_all_experts_fulfil_is_idle() -> None:
+    """Each expert answers to its own row alone, and rows are as long as a router's rate a hundredfold makes them."""
+    module = module_of(AuxiliaryLosses(None, None, expert_coupling=ExpertCoupling()))
+    with torch.no_grad():
+        for layer in module.backbone.modules():
+            if isinstance(layer, MoEFFN):
+                own = torch.eye(*layer.router.weight_ED.shape)
+                layer.router.weight_ED.copy_(100 * own)
+                first_EDF = layer.experts.stacks()[0]
+                first_EDF.copy_(own.unsqueeze(-1).expand_as(first_EDF))
+    receipts, _ = asked(module)
+    assert receipts["losses.expert_coupling"].startswith("idle: no gradient on router weights here; a plan pushed")

@@ -262,7 +262,8 @@ def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[
     """Return plans with noise on their logits and the first expert's raised, and their new leaves.
 
     Logits are scaled to a root mean square of 1 at most: in a saturated router every probability is 0 or 1, and no
-    push would give a loss on them a gradient.
+    push would give a loss on them a gradient. Rows of the router are scaled alike, and each moves to the next expert:
+    experts that answer strongest to their own rows would leave a coupling loss at 0.
     """
     leaves: list[Tensor] = []
     pushed: list[LossInput] = []
@@ -285,7 +286,8 @@ def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[
                 plan = plan._replace(noisy_logits_TE=logits_TE + (plan.noisy_logits_TE - one.plan.logits_TE).detach())
         rows = None
         if one.rows is not None:
-            rows = noisy(one.rows).requires_grad_()
+            size = one.rows.detach().float().square().mean().sqrt().clamp(min=1.0)
+            rows = noisy(one.rows.roll(1, dims=0) / size.to(one.rows)).requires_grad_()
             leaves.append(rows)
         pushed.append(one._replace(plan=plan, rows=rows))
     return leaves, pushed
