@@ -3,15 +3,51 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lightning_moevlm.atlas.causal.effects import Effect
+from lightning_moevlm.atlas.causal.show_effect import effect_record, show_effect
 from lightning_moevlm.atlas.history.follow import History, Place
 from lightning_moevlm.atlas.history.matching import Agreement, Null
 from lightning_moevlm.atlas.section import Section, finite, show_p
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 
 
-def history_section(found: History) -> Section:
-    """Return the section of a run's checkpoints."""
-    return Section("history", "When did it come about?", _sentences(found), _tables(found), _records(found))
+def history_section(found: History, frozen: Mapping[tuple[int, str], Effect] | None = None) -> Section:
+    """Return the section of a run's checkpoints.
+
+    frozen: effects of their choices in the final model, by step and layer; None: not measured.
+    """
+    sentences, tables, records = _sentences(found), _tables(found), _records(found)
+    if frozen is not None:
+        tables = (*tables, _frozen_table(frozen))
+        sentences = (*sentences, *_frozen_sentences(frozen))
+        records["frozen_choices"] = [
+            {"step": step, "layer": layer, "loss": effect_record(effect)} for (step, layer), effect in frozen.items()
+        ]
+    return Section("history", "When did it come about?", sentences, tables, records)
+
+
+def _frozen_table(frozen: Mapping[tuple[int, str], Effect]) -> Table:
+    rows = tuple(
+        (layer, str(step), show_effect(effect), show_p(effect.p_adjusted)) for (step, layer), effect in frozen.items()
+    )
+    notes = (
+        "Change of the task loss [95 %] if one layer of the model makes the choices of the checkpoint.",
+        "Above 0 is harm. p: after Holm over the layers of a step.",
+    )
+    return Table("Choices of earlier checkpoints in the final model", ("layer", "step", "loss", "p"), rows, notes)
+
+
+def _frozen_sentences(frozen: Mapping[tuple[int, str], Effect]) -> tuple[str, ...]:
+    """Return the largest effect of the first step and of the last."""
+    lines = []
+    for step in dict.fromkeys((min(step for step, _ in frozen), max(step for step, _ in frozen))):
+        layer, effect = max(
+            ((layer, e) for (at, layer), e in frozen.items() if at == step), key=lambda each: each[1].mean
+        )
+        lines.append(
+            f"If one layer makes the choices of step {step}, the loss changes most in {layer}: {show_effect(effect)}."
+        )
+    return tuple(lines)
 
 
 def seeds_section(runs: Mapping[str, Mapping[Place, Agreement]]) -> Section:

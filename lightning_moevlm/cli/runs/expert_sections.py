@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lightning_moevlm.atlas.section import Section
     from lightning_moevlm.configuration.resolver import LoadedRun
     from lightning_moevlm.configuration.run_option import TrainedModel
+    from lightning_moevlm.model.backbones import Backbone
     from lightning_moevlm.training.checkpoints.find_checkpoint import FoundCheckpoint
 
 
@@ -71,7 +72,7 @@ def make_sections(
     if asked.removed_to is not None:
         sections.append(_needs(asked.removed_to, atlas, loaded, probe, folder, batch_size))
     if asked.checkpoints:
-        sections.append(_history(asked.checkpoints, found, loaded, probe, folder, batch_size))
+        sections.append(_history(asked, atlas, found, loaded, probe, folder, batch_size))
     if asked.others:
         sections.append(_seeds(asked.others, loaded, probe, folder, batch_size))
     return sections
@@ -97,7 +98,8 @@ def _needs(
 
 
 def _history(
-    checkpoints: Sequence["FoundCheckpoint"],
+    asked: Asked,
+    atlas: "Atlas",
     found: "TrainedModel",
     loaded: "LoadedRun",
     probe: "ProbeSet",
@@ -105,20 +107,22 @@ def _history(
     batch_size: int,
 ) -> "Section":
     from lightning_moevlm.atlas.history.follow import follow
+    from lightning_moevlm.atlas.history.frozen import freeze_choices
     from lightning_moevlm.atlas.history.history_section import history_section
     from lightning_moevlm.configuration.resolver import load_run
 
-    course = [(each.step, each.path) for each in checkpoints]
-    return history_section(
-        follow(
-            lambda file: load_run(file, found.config).module.backbone,
-            course,
-            loaded.module.objective,
-            probe,
-            folder,
-            batch_size,
-        )
+    def load(file: Path) -> "Backbone":
+        return load_run(file, found.config).module.backbone
+
+    module, course = loaded.module, [(each.step, each.path) for each in asked.checkpoints]
+    history = follow(load, course, module.objective, probe, folder, batch_size)
+    earlier = [(step, file) for step, file in course if step < int(loaded.checkpoint["global_step"])]
+    if asked.removed_to is None or not earlier:
+        return history_section(history)
+    frozen = freeze_choices(
+        module.backbone, module.objective, module.draws("val"), load, earlier, probe, atlas.layers, batch_size
     )
+    return history_section(history, frozen)
 
 
 def _seeds(

@@ -48,7 +48,8 @@ def experts(
         batch_size: Samples of a forward pass.
         remove: Also switch off each expert, and route each layer otherwise, to see which samples need which expert. Its
             tokens go to the next-ranked expert (next) or to none (nothing). Runs the probe once for each.
-        history: Also follow routing over the checkpoints of the run.
+        history: Also follow routing over the checkpoints of the run. With --remove the model also runs with the choices
+            of earlier ones.
         others: Runs of other seeds (names, ids or folders) whose experts are matched to those of this one.
         out: Folder to write; by default experts/ in the folder of the run, or beside the checkpoint.
         json: Write one record per layer and label to this file as JSON instead of the table; - is standard output.

@@ -5,12 +5,16 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.atlas.causal.intervene import sparse_layers
 from lightning_moevlm.atlas.history.follow import Place, compare_runs, follow
+from lightning_moevlm.atlas.history.frozen import freeze_choices
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
+from lightning_moevlm.atlas.routing.trace import TracedLayer
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones import LIMoE
-from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.objectives import Draws, MaskedModelling
 from lightning_moevlm.model.routers import FixedRouter, HashRouter
+from tests.atlas.causal.test_scores import Remember
 from tests.atlas.observed import NUM_EXPERTS, PlantedRouter, open_data, small_model, tokens_of
 from tests.small_model import small_limoe
 
@@ -63,3 +67,19 @@ def test_one_checkpoint_and_other_sizes_are_refused(many_scenes: Path, tmp_path:
         follow(lambda file: model, [(5, Path("a")), (5, Path("b"))], objective, probe, tmp_path)
     with pytest.raises(UserError, match="cut samples otherwise"):
         compare_runs(model, small_limoe(), (objective, objective), probe, tmp_path)  # type: ignore[arg-type]
+
+
+def test_choices_of_an_earlier_model_do_harm_and_its_own_do_none(many_scenes: Path, tmp_path: Path) -> None:
+    data = open_data(many_scenes)
+    probe = ProbeSet(data, "train", 40, 0)
+    other, model = small_model(HashRouter).eval(), small_model(partial(HashRouter, seed=1)).eval()
+    other.load_state_dict(model.state_dict())
+    layers = [TracedLayer(path, 0, NUM_EXPERTS, False) for path in sparse_layers(model)]
+    models = {"other": other, "own": model}
+    course = [(20, Path("own")), (10, Path("other"))]
+    found = freeze_choices(
+        model, Remember(model).eval(), Draws(0), lambda file: models[file.name], course, probe, layers
+    )
+    assert [*found] == [(step, layer.layer) for step in (10, 20) for layer in layers]
+    for (step, _), effect in found.items():
+        assert effect.mean == 0 if step == 20 else effect.mean > 0 and effect.p_adjusted < 0.001

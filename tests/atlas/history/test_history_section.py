@@ -4,10 +4,12 @@ import json
 
 import numpy as np
 
+from lightning_moevlm.atlas.causal.effects import Effect
 from lightning_moevlm.atlas.history.follow import History, Place, Specialised
 from lightning_moevlm.atlas.history.history_section import history_section, seeds_section
 from lightning_moevlm.atlas.history.matching import match_experts
 from lightning_moevlm.atlas.history.settling import settle
+from lightning_moevlm.study.statistics.intervals import Interval
 
 PLACE = Place("blocks.1.ffn", "image")
 
@@ -25,6 +27,12 @@ def test_a_history_is_told() -> None:
     routing, specialised = section.tables
     assert routing.rows[1] == ("blocks.1.ffn, image", "40", "1.000", "0.375", "0.250", "3", "birth of 2")
     assert specialised.columns == ("layer", "label", "step 10", "step 40")
+    effect = Effect(60, 0.25, Interval(0.2, 0.3, "t"), 1e-9, 2e-9)
+    frozen = history_section(History((10, 40), {}, {}), {(10, "blocks.1.ffn"): effect})
+    assert frozen.sentences[-1] == (
+        "If one layer makes the choices of step 10, the loss changes most in blocks.1.ffn: +0.25 [+0.2, +0.3]."
+    )
+    assert frozen.tables[-1].rows == (("blocks.1.ffn", "10", "+0.25 [+0.2, +0.3]", "< 0.0001"),)
     records = json.loads(json.dumps(section.records, allow_nan=False))
     assert records["settling"][0]["turns"] == [{"step": 40, "expert": 2, "kind": "birth"}]
 
