@@ -12,13 +12,7 @@ import yaml
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
 from lightning_moevlm.cli.main import main
-from tests.model.backbones.adopted.small_hugging_face import LLAVA, OLMOE, QWEN, TEXT
-
-DEEPSEEK = TEXT | {
-    "model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
-    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
-    "v_head_dim": 8, "head_dim": 4,
-}  # fmt: skip
+from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, TEXT
 
 Audited = Callable[..., dict[str, Any]]
 

@@ -22,11 +22,19 @@ from lightning_moevlm.contracts.sequence_layout import Layout, Span
 from lightning_moevlm.contracts.special_tokens import PAD
 from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, Origin, build, draw, takes
+from lightning_moevlm.model.backbones.adopted.cached import (
+    CachedTexts,
+    Group,
+    fresh_offsets,
+    lay_out,
+    restore_offsets,
+    split_by_length,
+)
 from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
-from lightning_moevlm.model.backbones.adopted.run_again import WholeChats, WholeTexts
+from lightning_moevlm.model.backbones.adopted.run_again import WholeChats
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
@@ -176,6 +184,12 @@ class HuggingFaceModel(Backbone):
             raise UserError(
                 "HuggingFaceModel cannot hide patches or keep image and text apart: choose the objective NextToken"
             )
+        return self._run(*self._join(images_BRYX, text_BL, text_mask_BL))[0]
+
+    def _join(
+        self, images_BRYX: Tensor | None, text_BL: Tensor | None, text_mask_BL: Tensor | None
+    ) -> tuple[Tensor, Layout, dict[str, Tensor], str]:
+        """Return ids of sequences, their layout, what the vision tower takes, and the source."""
         ids: list[Tensor] = []
         valid: list[Tensor] = []
         spans: list[Span] = []
@@ -199,7 +213,7 @@ class HuggingFaceModel(Backbone):
             spans.append(Span(Modality.TEXT, start, start + text_BL.shape[1]))
         source = "pair" if len(spans) == 2 else spans[0].modality.label
         layout = Layout(tuple(spans), torch.cat(valid, dim=1), None, causal=True)
-        return self._run(torch.cat(ids, dim=1), layout, seen, source)
+        return torch.cat(ids, dim=1), layout, seen, source
 
     def read_chats(self, chats: JoinedChats) -> BackboneOutput:
         """Encode conversations with images inside, any number of any size.
@@ -214,7 +228,7 @@ class HuggingFaceModel(Backbone):
             name: values.to(dtype) if values.is_floating_point() else values for name, values in chats.images.items()
         }
         layout = Layout((), chats.valid_BS, None, causal=True, inside_BS=chats.modality_BS)
-        return self._run(chats.ids_BS, layout, seen, "pair" if seen else "text")
+        return self._run(chats.ids_BS, layout, seen, "pair" if seen else "text")[0]
 
     def _check_ids(self, chats: JoinedChats) -> None:
         """Refuse the first conversations of another model's processor."""
@@ -233,26 +247,42 @@ class HuggingFaceModel(Backbone):
             )
         self._knows_ids = True
 
-    def _run(self, ids_BS: Tensor, layout: Layout, seen: dict[str, Tensor], source: str) -> BackboneOutput:
-        modality_BS = layout.modality_BS
+    def _run(
+        self, ids_BS: Tensor, layout: Layout, seen: dict[str, Tensor], source: str, use_cache: bool = False
+    ) -> tuple[BackboneOutput, Any]:
+        """Return the output, and the cache of transformers, None without."""
         body = getattr(self.model, self.model.base_model_prefix)
-        inputs: dict[str, Any] = {"input_ids": ids_BS, "attention_mask": layout.valid_BS.long(), "use_cache": False}
-        kinds_BS = (modality_BS == Modality.IMAGE).long()
+        inputs: dict[str, Any] = {"attention_mask": layout.valid_BS.long()}
+        kinds_BS = (layout.modality_BS == Modality.IMAGE).long()
         for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
             if seen and takes(body.forward, name):
                 inputs[name] = kinds_BS
         spans = dict.fromkeys(span.modality for span in layout.spans)
         present = tuple(spans) or (tuple(Modality) if seen else (Modality.TEXT,))
-        with self.current.open(Tokens(modality_BS, layout.valid_BS, present)) as recorded:
-            features_BSD = body(**inputs, **seen).last_hidden_state
+        with self.current.open(Tokens(layout.modality_BS, layout.valid_BS, present)) as recorded:
+            found = body(input_ids=ids_BS, use_cache=use_cache, **inputs, **seen)
             plans = tuple(
                 NamedPlan(source, block_of(one.layer) or 0, one.layer, one.modalities, one.plan) for one in recorded
             )
-        return BackboneOutput(features_BSD, layout, plans)
+        return BackboneOutput(found.last_hidden_state, layout, plans), found.get("past_key_values")
 
     def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
-        """Encode the beginning of texts that are to be continued."""
-        return self(images_BRYX, text_BL, text_mask_BL), WholeTexts(images_BRYX, text_BL, text_mask_BL)
+        """Encode the beginning of texts that are to be continued, those of one length together."""
+        length_B = text_mask_BL.sum(dim=1)
+        groups: list[Group] = []
+        features: list[tuple[Tensor, Tensor]] = []
+        plans: list[NamedPlan] = []
+        for length, rows_G in split_by_length(length_B):
+            images = None if images_BRYX is None else images_BRYX[rows_G]
+            joined = self._join(images, text_BL[rows_G, :length], text_mask_BL[rows_G, :length])
+            with fresh_offsets(self.model) as offsets:
+                output, cache = self._run(*joined, use_cache=True)
+            groups.append(Group(rows_G, cache, offsets))
+            features.append((rows_G, output.tokens_BSD))
+            plans += output.plans
+        layout = self._join(images_BRYX, text_BL, text_mask_BL)[1]
+        whole = lay_out(features, (*layout.valid_BS.shape, self.spec.dim))
+        return BackboneOutput(whole, layout, tuple(plans)), CachedTexts(groups, length_B)
 
     def prefill_chats(self, chats: Sequence[Chat]) -> tuple[BackboneOutput, Past]:
         """Encode the beginnings of conversations that are to be continued."""
@@ -260,16 +290,27 @@ class HuggingFaceModel(Backbone):
 
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""
-        assert isinstance(past, WholeTexts | WholeChats)
         if self.images is not None:  # a model may predict the id that stands for an image, but there is none
             text_B = torch.where(text_B == self.config.image_token_id, PAD, text_B)
         past.append(text_B)
-        assert past.length_B is not None
+        if isinstance(past, CachedTexts):
+            parts = [(group.rows_G, self._step(text_B[group.rows_G], group)) for group in past.groups]
+            return lay_out(parts, (len(text_B), 1, self.spec.dim))[:, 0]
+        assert isinstance(past, WholeChats) and past.length_B is not None
         row_B = torch.arange(len(text_B), device=text_B.device)
-        if isinstance(past, WholeChats):
-            return self.read_chats(join_chats(past.chats)).tokens_BSD[row_B, past.length_B - 1]
-        output = self(past.images_BRYX, past.text_BL, past.text_mask_BL)
-        return output.features(Modality.TEXT)[row_B, past.length_B - 1]
+        return self.read_chats(join_chats(past.chats)).tokens_BSD[row_B, past.length_B - 1]
+
+    def _step(self, text_G: Tensor, group: Group) -> Tensor:
+        """Return the features of one more token of each text of a group, (G, 1, D), which its cache then holds."""
+        ids_G1 = text_G.unsqueeze(1)
+        restore_offsets(self.model, group.offsets)
+        tokens = Tokens(
+            torch.full_like(ids_G1, Modality.TEXT), torch.ones_like(ids_G1, dtype=torch.bool), (Modality.TEXT,)
+        )
+        body = getattr(self.model, self.model.base_model_prefix)
+        with self.current.open(tokens):
+            features: Tensor = body(input_ids=ids_G1, past_key_values=group.cache, use_cache=True).last_hidden_state
+        return features
 
     def costs(self, num_tokens: Mapping[Modality, int], separate: bool = False) -> Costs:
         """Estimate them, see `sizes`; of an image also what its vision tower costs."""

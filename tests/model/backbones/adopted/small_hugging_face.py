@@ -33,6 +33,12 @@ LLAVA: dict[str, Any] = {
 
 OLMOE: dict[str, Any] = {"model_type": "olmoe"} | TEXT
 
+DEEPSEEK: dict[str, Any] = TEXT | {
+    "model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+    "first_k_dense_replace": 1, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+    "v_head_dim": 8, "head_dim": 4,
+}  # fmt: skip
+
 
 def small_hugging_face(config: dict[str, Any] = QWEN, **options: Any) -> HuggingFaceModel:
     """Width 32, 4 experts, 16 px images in 4 tokens, texts of 8 out of 300 tokens."""

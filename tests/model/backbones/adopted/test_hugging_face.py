@@ -21,7 +21,6 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
-from lightning_moevlm.model.generation import Decoding, generate
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken
 from lightning_moevlm.training import VisionLanguageModule
@@ -218,25 +217,6 @@ def test_objectives_that_keep_image_and_text_apart_are_refused() -> None:
     module = VisionLanguageModule(small_hugging_face(), Contrastive)
     with pytest.raises(UserError, match="choose the objective NextToken"):
         module.objective(module.backbone, BATCH, module.draws("train"))
-
-
-def test_generation_equals_that_of_transformers() -> None:
-    model = small_hugging_face(OLMOE).eval()
-    objective = NextToken(model.spec)
-    assert BATCH.text_BL is not None
-    begin_BL = BATCH.text_BL[:, :3]
-    mask_BL = torch.ones_like(begin_BL, dtype=torch.bool)
-    mask_BL[1, 2:] = False  # a shorter beginning among the others
-    found = generate(
-        model, partial(objective.logits, model), None, begin_BL, mask_BL, Decoding(max_new_tokens=4)
-    ).text_BN
-    for row, length in enumerate(mask_BL.sum(dim=1).tolist()):
-        ids = begin_BL[row : row + 1, :length]
-        # transformers runs steps of one token, which plain models alone know
-        plain = modeling_olmoe.OlmoeForCausalLM._from_config(copy.deepcopy(model.config)).eval()
-        plain.load_state_dict({k.replace(".router.theirs", ""): v for k, v in model.model.state_dict().items()})
-        expected = plain.generate(ids, max_new_tokens=4, do_sample=False, eos_token_id=3, pad_token_id=0)[0, length:]
-        assert found[row, : len(expected)].tolist() == expected.tolist()
 
 
 def test_costs_are_those_that_torch_counts() -> None:

@@ -15,7 +15,7 @@ from lightning_moevlm.model.backbones.adopted.audit.records import Audit, Balanc
 from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceModel
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirRouter
-from lightning_moevlm.model.backbones.adopted.routing.adopt import without_layers
+from lightning_moevlm.model.backbones.adopted.routing.adopt import as_before
 from lightning_moevlm.model.backbones.backbone import BackboneOutput
 from lightning_moevlm.model.layers import count_parameters
 from lightning_moevlm.model.losses import AuxiliaryLosses, CrossLayerBalance, LossInput, Place
@@ -52,8 +52,8 @@ def audit(backbone: HuggingFaceModel, batches: Sequence[Batch]) -> Audit:
         torch.manual_seed(0)
         output, inputs = _watch(backbone, batches[0])
     parameters = list({id(p): p for place in places for p in _trained_by(place)}.values())
-    counted_BS = output.layout.valid_BS & (output.layout.modality_S == Modality.TEXT)
-    with without_layers(model):
+    counted_BS = output.layout.valid_BS & (output.layout.modality_BS == Modality.TEXT)
+    with as_before(model):
         balance, gradients = measure_own_balance(model, parameters, inputs, counted_BS, _balance(places, output))
     backbone.eval()
     with torch.no_grad():

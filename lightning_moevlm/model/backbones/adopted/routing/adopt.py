@@ -71,22 +71,10 @@ def adopt(
 
 @contextmanager
 def as_before(model: nn.Module) -> Iterator[None]:
-    """Put replaced routers back while the block runs; afterwards ours that carry their weights take them anew."""
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdoptedMoE) and layer.replaced}
-    for path, layer in layers.items():
-        model.set_submodule(path, layer.replaced[0])
-    try:
-        yield
-    finally:
-        for path, layer in layers.items():
-            model.set_submodule(path, layer)
-            if getattr(layer.router, "keeps_weights", False):
-                carry(layer.replaced[0], layer.router)
+    """Put their routers where our layers stand while the block runs: the model is as transformers built it.
 
-
-@contextmanager
-def without_layers(model: nn.Module) -> Iterator[None]:
-    """Put their routers where our layers stand while the block runs, so that the model is as transformers built it."""
+    Afterwards routers of ours that carry their weights take them anew.
+    """
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdoptedMoE)}
     for path, layer in layers.items():
         model.set_submodule(path, layer.theirs)
@@ -95,3 +83,5 @@ def without_layers(model: nn.Module) -> Iterator[None]:
     finally:
         for path, layer in layers.items():
             model.set_submodule(path, layer)
+            if layer.replaced and getattr(layer.router, "keeps_weights", False):
+                carry(layer.replaced[0], layer.router)
