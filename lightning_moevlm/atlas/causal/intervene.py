@@ -13,7 +13,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import RoutingInput, RoutingPlan
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.backbones.trunk import Trunk
-from lightning_moevlm.model.layers import MoEFFN, PatchCodes
+from lightning_moevlm.model.layers import Mixture, PatchCodes
 
 
 @contextmanager
@@ -47,9 +47,9 @@ def intervene(backbone: Backbone, layer: str, intervention: Intervention) -> Ite
         handle.remove()
 
 
-def sparse_layers(backbone: Backbone) -> dict[str, MoEFFN]:
+def sparse_layers(backbone: Backbone) -> dict[str, Mixture]:
     """Return the layers with experts by path, in the order of the model."""
-    return {layer.path: layer for layer in backbone.modules() if isinstance(layer, MoEFFN)}
+    return {layer.path: layer for layer in backbone.modules() if isinstance(layer, Mixture)}
 
 
 @contextmanager

@@ -11,7 +11,23 @@ from lightning_moevlm.model.dispatch.expert_protocol import Experts
 from lightning_moevlm.model.dispatch.soft_slots import run_slots
 
 
-class Dispatcher(ABC):
+class DispatchRecord:
+    """What a run records of the way in which experts run."""
+
+    def record(self) -> str:
+        """Describe the path that runs, for the record of a run."""
+        return type(self).__name__
+
+    def choices(self) -> dict[str, str]:
+        """Return what was chosen for each case met so far; empty where the configuration alone decides."""
+        return {}
+
+    def in_use(self) -> tuple[str, ...]:
+        """Return the class names of the dispatchers that have run, for one line on the terminal."""
+        return (type(self).__name__,)
+
+
+class Dispatcher(DispatchRecord, ABC):
     """Sends kept pairs through their experts and sums the weighted results per token.
 
     A token without a kept pair gets zeros: the residual connection around the layer carries it on.
@@ -35,24 +51,12 @@ class Dispatcher(ABC):
         """Return why this dispatcher cannot run such tokens and experts, with the remedy; None where it can."""
         return None
 
-    def check(self, capacity: Capacity | None) -> None:  # noqa: B027 - most run any plan
+    def check(self, capacity: Capacity | None) -> None:
         """Refuse a capacity whose plans could not be run.
 
         Raises:
             UserError: with what to change.
         """
-
-    def record(self) -> str:
-        """Describe the path that runs, for the record of a run."""
-        return type(self).__name__
-
-    def choices(self) -> dict[str, str]:
-        """Return what was chosen for each case met so far; empty where the configuration alone decides."""
-        return {}
-
-    def in_use(self) -> tuple[str, ...]:
-        """Return the class names of the dispatchers that have run, for one line on the terminal."""
-        return (type(self).__name__,)
 
 
 def matmul_dtype(tokens_TD: Tensor) -> torch.dtype:

@@ -1,7 +1,7 @@
 """Stacked expert feed-forwards."""
 
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
-from lightning_moevlm.model.experts.expert_stack import ExpertStack
+from lightning_moevlm.model.experts.expert_stack import ExpertStack, ExpertWeights
 from lightning_moevlm.model.experts.free import FreeExperts, leave_out_free
 from lightning_moevlm.model.experts.gated import GatedExperts
 from lightning_moevlm.model.experts.gated_unit import GLU, ClampedGLU, SiTUGLU, gated_unit, kept_by_unit
@@ -14,6 +14,7 @@ __all__ = [
     "ClampedGLU",
     "ExpertInit",
     "ExpertStack",
+    "ExpertWeights",
     "FreeExperts",
     "GatedExperts",
     "Linear",

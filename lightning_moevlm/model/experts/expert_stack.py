@@ -16,7 +16,26 @@ from lightning_moevlm.model.initial_weights import ExpertInit, Module
 from lightning_moevlm.model.precision import Region
 
 
-class ExpertStack(Module):
+class ExpertWeights(Module):
+    """The weights of E experts, whoever runs them.
+
+    dim: model width D. num_experts: E.
+    """
+
+    region: Region = "experts"
+    dim: int
+    num_experts: int
+
+    @abstractmethod
+    def stacks(self) -> tuple[Tensor, ...]:
+        """Return the weight stacks, each (E, in, out)."""
+
+    @abstractmethod
+    def forward_flops_per_row(self) -> int:
+        """Matrix FLOPs of one row through one expert."""
+
+
+class ExpertStack(ExpertWeights):
     """E feed-forwards D -> D; the first two constructor arguments are `dim` and `num_experts`.
 
     Args:
@@ -29,8 +48,6 @@ class ExpertStack(Module):
     Raises:
         UserError: no hidden unit, or a dropout outside 0 <= p < 1.
     """
-
-    region: Region = "experts"
 
     def __init__(
         self, dim: int, num_experts: int, hidden_dim: int = 256, dropout: float = 0.0, init: ExpertInit = ExpertInit()
@@ -49,10 +66,6 @@ class ExpertStack(Module):
         """Create the weight stacks; a subclass with a constructor of its own may create them there."""
 
     @abstractmethod
-    def stacks(self) -> tuple[Tensor, ...]:
-        """Return the weight stacks, each (E, in, out)."""
-
-    @abstractmethod
     def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
         """Apply the feed-forward to rows; `weights` are the stacks, or one expert's slices of them."""
 
@@ -62,7 +75,3 @@ class ExpertStack(Module):
         With it a dispatcher may run the layer in one piece; without, product by product. Both are right.
         """
         return None
-
-    @abstractmethod
-    def forward_flops_per_row(self) -> int:
-        """Matrix FLOPs of one row through one expert."""

@@ -22,6 +22,7 @@ from lightning_moevlm.model.layers.feed_forward.feed_forward import (
     RoutedPlan,
     count_parameters,
 )
+from lightning_moevlm.model.layers.feed_forward.mixture import Mixture
 from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN, name_layers, reads_identity
 from lightning_moevlm.model.layers.feed_forward.multiway import MultiwayFFN
 from lightning_moevlm.model.layers.norms import make_norm, normalise
@@ -39,6 +40,7 @@ __all__ = [
     "FFNOutput",
     "FeedForward",
     "KeyValues",
+    "Mixture",
     "MoEFFN",
     "ModelStabilisers",
     "MultiwayFFN",

@@ -10,7 +10,7 @@ from torch import nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model import routers
-from lightning_moevlm.model.layers.feed_forward.moe import MoEFFN
+from lightning_moevlm.model.layers.feed_forward.mixture import Mixture
 from lightning_moevlm.model.routers import Router
 
 
@@ -21,7 +21,7 @@ def check_causal(backbone: nn.Module) -> None:
         UserError: a router that competes, or a capacity in which a later token can take the place of an earlier one.
     """
     for module in backbone.modules():
-        if isinstance(module, MoEFFN):
+        if isinstance(module, Mixture):
             _check_router(module)
             _check_capacity(module)
 
@@ -32,7 +32,7 @@ def list_causal_routers() -> list[str]:
     return [each.__name__ for each in found if issubclass(each, Router) and each is not Router and not each.competes]
 
 
-def _check_router(layer: MoEFFN) -> None:
+def _check_router(layer: Mixture) -> None:
     if layer.router.competes:
         raise UserError(
             f"a causal model cannot use {type(layer.router).__name__}: its tokens compete for experts across "
@@ -41,7 +41,7 @@ def _check_router(layer: MoEFFN) -> None:
         )
 
 
-def _check_capacity(layer: MoEFFN) -> None:
+def _check_capacity(layer: Mixture) -> None:
     capacity, top_k = layer.capacity, layer.router.experts_per_token
     if capacity is None or capacity.train_factor is capacity.eval_factor is None:
         return

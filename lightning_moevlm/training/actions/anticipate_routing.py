@@ -27,7 +27,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.routers import EarlierChoices
 from lightning_moevlm.training.actions.action import Action, Fact, StepFacts, Training
 from lightning_moevlm.training.actions.rollback import add_good_loss, is_bad
@@ -71,7 +71,7 @@ class AnticipateRouting:
         Raises:
             UserError: no mixture of experts, a router that cannot take another's choices, or none that is trained.
         """
-        layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+        layers = [module for module in backbone.modules() if isinstance(module, Mixture)]
         for layer in layers:
             if not layer.router.takes_choices:
                 raise UserError(
@@ -104,7 +104,7 @@ class RoutingAnticipator(Action):
     def __init__(self, options: AnticipateRouting, backbone: Backbone) -> None:
         self._options = options
         self.needs: frozenset[Fact] = frozenset() if options.num_steps is None else frozenset({"loss"})
-        self._layers = {path: layer for path, layer in backbone.named_modules() if isinstance(layer, MoEFFN)}
+        self._layers = {path: layer for path, layer in backbone.named_modules() if isinstance(layer, Mixture)}
         self._choices: dict[str, EarlierChoices] = {}  # by layer, from the first step that is on
         self._kept: list[Kept] = []  # the oldest first
         self._losses: list[float] = []

@@ -13,7 +13,7 @@ import torch
 from lightning_moevlm.contracts.schedules import Ramp
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.dispatch import ByDropRate
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.training.actions.action import Action, Fact, StepFacts, Training
 
 
@@ -24,7 +24,7 @@ class CapacityFactors(Action):
         layers: those with a changing factor, by path.
     """
 
-    def __init__(self, layers: Mapping[str, MoEFFN]) -> None:
+    def __init__(self, layers: Mapping[str, Mixture]) -> None:
         self._layers = layers
         rules = {path: layer.capacity.train_factor for path, layer in layers.items() if layer.capacity is not None}
         self._ramps = {path: rule for path, rule in rules.items() if isinstance(rule, Ramp)}
@@ -55,10 +55,10 @@ class CapacityFactors(Action):
         self._values = {path: state.get(path, value) for path, value in self._values.items()}
 
 
-def find_changing_layers(backbone: Backbone) -> dict[str, MoEFFN]:
+def find_changing_layers(backbone: Backbone) -> dict[str, Mixture]:
     """Return the layers whose capacity factor changes during training, by path."""
     return {
         path: module
         for path, module in backbone.named_modules()
-        if isinstance(module, MoEFFN) and module.capacity is not None and module.capacity.changes
+        if isinstance(module, Mixture) and module.capacity is not None and module.capacity.changes
     }

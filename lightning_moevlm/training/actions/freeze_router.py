@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 
 
@@ -45,7 +45,7 @@ class RouterFreezer(Action):
         """Remove the gradients, so the optimiser skips routers."""
         if step > self._options.after_steps:
             for module in training.backbone.modules():
-                if isinstance(module, MoEFFN):
+                if isinstance(module, Mixture):
                     for parameter in module.router.parameters():
                         parameter.grad = None
 

@@ -8,7 +8,7 @@ with such state and needs no option.
 from collections.abc import Sequence
 
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 from lightning_moevlm.training.optim.named_parts import is_frozen
@@ -31,7 +31,7 @@ class Rebalancer(Action):
         if self._last_step is None or facts.step <= self._last_step:
             for path, counts in facts.counts.items():
                 layer = training.backbone.get_submodule(path)
-                assert isinstance(layer, MoEFFN)
+                assert isinstance(layer, Mixture)
                 if is_frozen(layer.router):
                     continue
                 before = {name: buffer.clone() for name, buffer in layer.router.named_buffers()}
@@ -43,5 +43,5 @@ class Rebalancer(Action):
 
 def find_self_balancing(backbone: Backbone) -> Sequence[Router]:
     """Return the routers with balancing state of their own."""
-    layers = (module for module in backbone.modules() if isinstance(module, MoEFFN))
+    layers = (module for module in backbone.modules() if isinstance(module, Mixture))
     return [layer.router for layer in layers if type(layer.router).rebalance is not Router.rebalance]

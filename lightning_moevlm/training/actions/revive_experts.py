@@ -24,7 +24,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.backbones import Backbone
 from lightning_moevlm.model.initial_weights import derive_seed
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture, MoEFFN
 from lightning_moevlm.model.routers import ExpertAxis
 from lightning_moevlm.training.actions.action import Action, StepFacts, Training
 from lightning_moevlm.training.optim.named_parts import is_frozen
@@ -64,7 +64,13 @@ class ReviveDeadExperts:
             UserError: a router that gives all experts the same work, or has no learned row per expert; no layer whose
                 router and experts are trained.
         """
-        layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+        mixtures = [module for module in backbone.modules() if isinstance(module, Mixture)]
+        layers = [module for module in mixtures if isinstance(module, MoEFFN)]
+        if len(layers) < len(mixtures):
+            raise UserError(
+                f"actions.revive_dead_experts copies experts of ours, and those of {type(backbone).__name__} belong to "
+                "transformers: set actions.revive_dead_experts to null"
+            )
         for module in layers:
             if module.router.never_starves:
                 raise UserError(

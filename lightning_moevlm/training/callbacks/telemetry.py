@@ -26,7 +26,7 @@ from lightning_moevlm.data.load.shard_loader import ShardLoader
 from lightning_moevlm.model.backbones import Backbone, model_card
 from lightning_moevlm.model.dispatch.auto.measure import measure_products
 from lightning_moevlm.model.dispatch.auto.own_table import measure_products_once
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.peak_memory import peak_memory, reset_peak
@@ -233,7 +233,7 @@ class Telemetry(Callback):
 
     def _log_dispatch(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Tag the run with the dispatch path of each layer and its reason; arms compare only on equal paths."""
-        layers = {path: layer for path, layer in pl_module.named_modules() if isinstance(layer, MoEFFN)}
+        layers = {path: layer for path, layer in pl_module.named_modules() if isinstance(layer, Mixture)}
         now = {f"dispatch/{path}": layer.dispatcher.record() for path, layer in layers.items()}
         new = {tag: text for tag, text in now.items() if self._dispatch.get(tag) != text}
         self._dispatch |= new

@@ -2,7 +2,7 @@
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.losses import AuxiliaryLosses, RoutedLayer
 from lightning_moevlm.model.objectives import Objective
 
@@ -15,11 +15,11 @@ def refuse_unsuited_losses(losses: AuxiliaryLosses, backbone: Backbone, objectiv
             "losses.output_z needs class logits, which this objective does not predict: set losses.output_z to null, "
             "or choose image targets that are codes"
         )
-    layers = [module for module in backbone.modules() if isinstance(module, MoEFFN)]
+    layers = [module for module in backbone.modules() if isinstance(module, Mixture)]
     losses.check(_describe(layer) for layer in layers)
 
 
-def _describe(layer: MoEFFN) -> RoutedLayer:
+def _describe(layer: Mixture) -> RoutedLayer:
     rows = layer.router.rows()
     return RoutedLayer(
         router=type(layer.router).__name__,

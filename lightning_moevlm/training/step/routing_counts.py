@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_moevlm.contracts.routing_plan import MixPlan, Modality
 from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.losses import LayerCounts, LossInput, Place
 from lightning_moevlm.model.routers import Router
 
@@ -41,7 +41,7 @@ class RoutingCounter:
     """
 
     def __init__(self, backbone: Backbone) -> None:
-        layers = {path: module for path, module in backbone.named_modules() if isinstance(module, MoEFFN)}
+        layers = {path: module for path, module in backbone.named_modules() if isinstance(module, Mixture)}
         self._layers = {path: _Layer(module.router) for path, module in layers.items()}
         self._step = 0
         self._counts: dict[str, Tensor] = {}
@@ -101,7 +101,7 @@ def loss_inputs(
     inputs = []
     for named in plans:
         layer = backbone.get_submodule(named.layer)
-        assert isinstance(layer, MoEFFN)
+        assert isinstance(layer, Mixture)
         layer_counts = None if isinstance(named.plan, MixPlan) else counts.get(named.layer)
         place = Place(named.source, named.block, named.layer, named.modalities)
         rows, first_EDF = layer.router.rows(), layer.experts.stacks()[0]

@@ -10,7 +10,7 @@ from torch import nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.model.backbones.adopted.sizes import is_connector, vision_parameters
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 
 Part: TypeAlias = Literal["vision", "connector", "language", "routers", "all_but_routers"]
 
@@ -45,7 +45,7 @@ class LoRA:
             raise UserError("lora.targets is empty: name ends of linear layers, such as q_proj, or set lora to null")
 
 
-def add_adapters(model: nn.Module, layers: Iterable[MoEFFN], options: LoRA) -> None:
+def add_adapters(model: nn.Module, layers: Iterable[Mixture], options: LoRA) -> None:
     """Put adapters beside the targets, and freeze everything else, in place.
 
     Raises:
@@ -74,7 +74,7 @@ def add_adapters(model: nn.Module, layers: Iterable[MoEFFN], options: LoRA) -> N
             layer.router.requires_grad_()
 
 
-def freeze(model: Any, layers: Sequence[MoEFFN], parts: Sequence[Part]) -> None:
+def freeze(model: Any, layers: Sequence[Mixture], parts: Sequence[Part]) -> None:
     """Freeze parts of a model of transformers, in place.
 
     Raises:
@@ -91,7 +91,7 @@ def freeze(model: Any, layers: Sequence[MoEFFN], parts: Sequence[Part]) -> None:
         raise UserError(f"model.backbone.frozen {list(parts)} leaves nothing to train: leave one part out")
 
 
-def _members(model: Any, layers: Sequence[MoEFFN]) -> Mapping[Part, list[nn.Parameter]]:
+def _members(model: Any, layers: Sequence[Mixture]) -> Mapping[Part, list[nn.Parameter]]:
     seeing = vision_parameters(model)
     routers = {id(p) for layer in layers for p in layer.router.parameters()}
     members: dict[Part, list[nn.Parameter]] = {

@@ -20,13 +20,14 @@ from lightning_moevlm.model.dispatch import (
 from lightning_moevlm.model.experts import ExpertStack, FreeExperts, MLPExperts, leave_out_free
 from lightning_moevlm.model.layers.attention import Attention
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, FFNOutput, RoutedPlan, count_parameters
+from lightning_moevlm.model.layers.feed_forward.mixture import Mixture
 from lightning_moevlm.model.layers.feed_forward.sub_norm import SubNormedExperts
 from lightning_moevlm.model.layers.norms import NormKind, make_norm
-from lightning_moevlm.model.precision import PrecisionPolicy, region
+from lightning_moevlm.model.precision import region
 from lightning_moevlm.model.routers import Router, TopKRouter
 
 
-class MoEFFN(FeedForward):
+class MoEFFN(Mixture, FeedForward):
     """Sparse feed-forward: each token runs through the experts that the router gives it.
 
     Args:
@@ -47,7 +48,8 @@ class MoEFFN(FeedForward):
             with a router that cannot choose them.
     """
 
-    precision = PrecisionPolicy()
+    experts: ExpertStack
+    dispatcher: Dispatcher
     start_difference: float | None = None  # to the dense layer that it was made of, over its largest output
 
     def __init__(
@@ -75,14 +77,13 @@ class MoEFFN(FeedForward):
         self.router.set_free(num_free)
         self.experts = experts(dim, num_experts)
         self.capacity = capacity
-        self.factor_in_force: Tensor | None = None  # the capacity factor of the current step, if it changes
-        self.choose: Callable[[RoutingInput], Tensor] | None = None  # experts (T, K) in training; None: the router
+        self.factor_in_force = None
+        self.choose = None
         self.shared = None if shared is None else shared(dim, num_shared)
         self.dispatcher = dispatcher or AutoDispatcher()
         self.dispatcher.check(capacity)
-        self.hidden_norm: nn.Module | None = None  # see add_hidden_norm
-        self.shared_hidden_norm: nn.Module | None = None
-        self.path = ""  # in the backbone, see name_layers
+        self.hidden_norm = self.shared_hidden_norm = None  # see add_hidden_norm
+        self.path = ""
 
     def add_hidden_norm(self, kind: NormKind) -> None:
         """Normalise the hidden units before the last matrix; the experts share the norm's scale."""
@@ -184,10 +185,10 @@ def _kept_per_row(experts: ExpertStack) -> int:
 def name_layers(backbone: nn.Module) -> None:
     """Give every MoE and attention layer its path in the backbone, for its records."""
     for path, module in backbone.named_modules():
-        if isinstance(module, MoEFFN | Attention):
+        if isinstance(module, Mixture | Attention):
             module.path = path
 
 
 def reads_identity(backbone: nn.Module) -> bool:
     """Say whether a router of the backbone reads token ids and patch codes."""
-    return any(isinstance(module, MoEFFN) and module.router.reads_identity for module in backbone.modules())
+    return any(isinstance(module, Mixture) and module.router.reads_identity for module in backbone.modules())

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import Attention, AttentionOutput, MoEFFN
+from lightning_moevlm.model.layers import Attention, AttentionOutput, Mixture
 from lightning_moevlm.model.losses import LayerCounts
 from lightning_moevlm.model.routers import EarlierChoices, SigmoidBiasRouter
 from lightning_moevlm.training.actions import Action
@@ -65,7 +65,7 @@ class ActionProofs:
         options = rehearsal.module.actions.freeze_router
         assert options is not None
         last, step = options.after_steps, trainer.global_step
-        layers = [layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, MoEFFN)]
+        layers = [layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, Mixture)]
         weights = [p for layer in layers for p in layer.router.parameters()]
         if not weights:
             return switch.dead("no router has weights", "set model.actions.freeze_router to null")
@@ -96,7 +96,7 @@ class ActionProofs:
 class _LayerCopy:
     """A copy of a MoE layer with its own router (and experts), on which actions can act."""
 
-    def __init__(self, layer: MoEFFN, router: nn.Module, experts: nn.Module | None = None) -> None:
+    def __init__(self, layer: Mixture, router: nn.Module, experts: nn.Module | None = None) -> None:
         twin = copy.copy(layer)
         twin._modules = {**layer._modules, "router": router}
         if experts is not None:
@@ -164,7 +164,7 @@ def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receip
     found: list[float] = []
     for path, call in rehearsal.calls.items():
         layer = rehearsal.module.get_submodule(path)
-        if not isinstance(layer, MoEFFN) or layer.router not in routers:
+        if not isinstance(layer, Mixture) or layer.router not in routers:
             continue
         router = copy.deepcopy(layer.router)
         before = {name: buffer.clone() for name, buffer in router.named_buffers()}
@@ -202,7 +202,7 @@ def _rebalance(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receip
 def _revive(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Receipt:
     options = rehearsal.module.actions.revive_dead_experts
     assert options is not None
-    layers = {layer.path: layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, MoEFFN)}
+    layers = {layer.path: layer for layer in rehearsal.module.backbone.modules() if isinstance(layer, Mixture)}
     smallest = min(layers.values(), key=lambda layer: sum(p.numel() for p in layer.parameters()))
     if trainer.global_step == 0 and smallest.num_experts > 1:
         holder = _LayerCopy(smallest, copy.deepcopy(smallest.router), copy.deepcopy(smallest.experts))
@@ -234,7 +234,7 @@ def _anticipate(switch: Switch, rehearsal: Rehearsal, trainer: Trainer) -> Recei
     changed = total = 0
     for path, layer in rehearsal.module.backbone.named_modules():
         full_path = f"backbone.{path}"
-        if not isinstance(layer, MoEFFN) or full_path not in rehearsal.calls:
+        if not isinstance(layer, Mixture) or full_path not in rehearsal.calls:
             continue
         earlier, own = action.earlier(path), EarlierChoices(layer.router)
 

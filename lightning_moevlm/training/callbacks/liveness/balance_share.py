@@ -8,7 +8,7 @@ keeps a similar ratio, of balance loss to language loss at the experts' mean pro
 """
 
 from lightning_moevlm.contracts import metric_keys
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
 
@@ -19,7 +19,7 @@ def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
     terms = [term.weighted for name, term in rehearsal.report.auxiliary.items() if name in balancing]
     if not terms:
         return {}
-    layers = [layer for layer in module.backbone.modules() if isinstance(layer, MoEFFN)]
+    layers = [layer for layer in module.backbone.modules() if isinstance(layer, Mixture)]
     routers = {id(p) for layer in layers for p in layer.router.parameters()}
     parameters = list(module.parameters())
     # one after the other: of each gradient only norms are kept

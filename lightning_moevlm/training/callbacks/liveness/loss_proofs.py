@@ -22,7 +22,7 @@ from torch.optim import Optimizer
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.contracts.schedules import Ramp
 from lightning_moevlm.contracts.step_records import Term
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.losses import AdaptiveWeight, LossInput, PlanLoss
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
@@ -102,7 +102,7 @@ class _Proof:
         if float(weight) == 0:
             scheduled = isinstance(self.module.losses.weights[self.name], Ramp)
             return self.switch.is_("off", "its weight is 0 at this step" if scheduled else "its weight is 0", 0.0)
-        if self.on_routing and not any(isinstance(layer, MoEFFN) for layer in self.module.backbone.modules()):
+        if self.on_routing and not any(isinstance(layer, Mixture) for layer in self.module.backbone.modules()):
             return self.switch.is_("off", "a dense model has no routers")
         if self.module.trainable is not None and self.every and not any(p.requires_grad for p in self.every):
             return self.switch.is_("off", f"model.trainable keeps {self.target} still")

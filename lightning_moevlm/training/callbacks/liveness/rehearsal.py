@@ -17,14 +17,14 @@ from torch import Tensor, nn
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.contracts.step_records import LossReport, ObjectiveOutput
-from lightning_moevlm.model.layers import Attention, Block, DenseFFN, MoEFFN, PatchEmbedding
+from lightning_moevlm.model.layers import Attention, Block, DenseFFN, Mixture, PatchEmbedding
 from lightning_moevlm.model.losses import LayerCounts, LossInput
 from lightning_moevlm.model.precision import Region, region
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
 
-_WATCHED = (Attention, Block, DenseFFN, MoEFFN, Router, PatchEmbedding)
+_WATCHED = (Attention, Block, DenseFFN, Mixture, Router, PatchEmbedding)
 
 
 class Call(NamedTuple):
@@ -62,7 +62,7 @@ class Rehearsal:
         self._step = step
         self._outputs: dict[str, Tensor] = {}  # of layers run again as they are
         # copies dispatch: dispatchers remember which cases they met, which goes into the record of the run
-        moes = [layer for layer in module.modules() if isinstance(layer, MoEFFN)]
+        moes = [layer for layer in module.modules() if isinstance(layer, Mixture)]
         self._spare_dispatchers = [(layer, copy.deepcopy(layer.dispatcher)) for layer in moes]
         backbone = module.backbone
         with self.conditions(), torch.enable_grad(), self._watching(), self._measuring():

@@ -17,7 +17,7 @@ from dataclasses import replace
 import torch
 
 from lightning_moevlm.contracts.routing_plan import PairPlan
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.routers import Gate, Router
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
 from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, replace_attribute
@@ -48,16 +48,16 @@ def routing_receipts(rehearsal: Rehearsal) -> list[Receipt]:
     varying = [path for path, layer in ran.items() if isinstance(layer, Router) and layer.choices_vary]
     if varying:
         receipts.append(_choices(rehearsal, varying))
-    free = [path for path, layer in ran.items() if isinstance(layer, MoEFFN) and layer.free is not None]
+    free = [path for path, layer in ran.items() if isinstance(layer, Mixture) and layer.free is not None]
     if free:
         receipts.append(_free(rehearsal, free))
-    limited = {path: layer for path, layer in ran.items() if isinstance(layer, MoEFFN) and _limits(layer)}
+    limited = {path: layer for path, layer in ran.items() if isinstance(layer, Mixture) and _limits(layer)}
     if limited:
         receipts.append(_capacity(rehearsal, limited))
     return receipts
 
 
-def _limits(layer: MoEFFN) -> bool:
+def _limits(layer: Mixture) -> bool:
     return layer.capacity is not None and layer.capacity.factor(training=True) is not None
 
 
@@ -105,7 +105,7 @@ def _free(rehearsal: Rehearsal, paths: list[str]) -> Receipt:
             rehearsal.module.get_submodule(path),
             rehearsal.calls[path].output.plans[0].plan.chosen_loads()[0],
         )
-        assert isinstance(layer, MoEFFN)
+        assert isinstance(layer, Mixture)
         chosen += int(load_E.sum())
         taken += int(load_E[layer.num_experts :].sum())
     if not chosen:
@@ -114,7 +114,7 @@ def _free(rehearsal: Rehearsal, paths: list[str]) -> Receipt:
     return switch.is_("alive" if taken else "idle", evidence, taken / chosen)
 
 
-def _capacity(rehearsal: Rehearsal, layers: dict[str, MoEFFN]) -> Receipt:
+def _capacity(rehearsal: Rehearsal, layers: dict[str, Mixture]) -> Receipt:
     switch, dropped, pairs = Switch("moe.capacity", "routing"), 0, 0
     for path, layer in layers.items():
         plan = rehearsal.calls[path].output.plans[0].plan

@@ -30,8 +30,8 @@ from lightning_moevlm.model.layers import (
     Attention,
     Block,
     DenseFFN,
+    Mixture,
     ModelStabilisers,
-    MoEFFN,
     PatchEmbedding,
     gated_parts,
 )
@@ -135,7 +135,7 @@ def _logit_cap(rehearsal: Rehearsal, layers: dict[str, nn.Module]) -> Receipt:
 
 def _glu(rehearsal: Rehearsal, layers: dict[str, nn.Module], glu: GLU) -> Receipt:
     switch, moved = _switch("glu"), 0.0
-    found = {path: layer for path, layer in _of(layers, DenseFFN, MoEFFN) if gated_parts(layer)}
+    found = {path: layer for path, layer in _of(layers, DenseFFN, Mixture) if gated_parts(layer)}
     num_ran = 0
     for path, layer in found.items():
         if path not in rehearsal.calls:
@@ -192,7 +192,7 @@ def _gates(layers: dict[str, nn.Module]) -> Iterator[_Part]:
 
 def _sub_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:
     yield from (_Part(path, "out_norm", None) for path, _ in _of(layers, Attention))
-    yield from (_Part(path, "hidden_norm", None) for path, _ in _of(layers, DenseFFN, MoEFFN))
+    yield from (_Part(path, "hidden_norm", None) for path, _ in _of(layers, DenseFFN, Mixture))
 
 
 def _block_norms(layers: dict[str, nn.Module]) -> Iterator[_Part]:

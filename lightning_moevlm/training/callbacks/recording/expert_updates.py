@@ -12,7 +12,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 
 _LENGTH = 32
 KIND = "expert_update"
@@ -30,7 +30,7 @@ class ExpertUpdates:
         self._slices: list[Tensor] = []  # (E, n) each
         rows: list[Tensor] = []
         for path, layer in module.named_modules():
-            if not isinstance(layer, MoEFFN):
+            if not isinstance(layer, Mixture):
                 continue
             stacks = [stack.detach() for stack in layer.experts.stacks() if stack.requires_grad]
             if not stacks:

@@ -21,7 +21,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingPlan
 from lightning_moevlm.model.backbones import Backbone
-from lightning_moevlm.model.layers import MoEFFN
+from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.checks.trainer_checks import SHARDING
 
@@ -51,7 +51,7 @@ class FrozenRouting(Callback):
         if isinstance(trainer.strategy, SHARDING):
             raise UserError(f"routing cannot be frozen: {type(trainer.strategy).__name__} shards the weights")
         for layer in pl_module.backbone.modules():
-            if not isinstance(layer, MoEFFN):
+            if not isinstance(layer, Mixture):
                 continue
             if layer.router.mixes or layer.router.competes:
                 raise UserError(
@@ -85,7 +85,7 @@ class FrozenRouting(Callback):
         for hook in self._hooks:
             hook.remove()
 
-    def _replace_choices(self, layer: MoEFFN) -> Callable[[nn.Module, object, RoutingPlan], RoutingPlan | None]:
+    def _replace_choices(self, layer: Mixture) -> Callable[[nn.Module, object, RoutingPlan], RoutingPlan | None]:
         rules: list[_Rule] = []
 
         def hook(router: nn.Module, inputs: object, plan: RoutingPlan) -> RoutingPlan | None:

@@ -27,6 +27,7 @@ GUIDE = Path(adopted.__file__).with_name("README.md")
 _BEGIN, _END = "<!-- families -->\n", "<!-- end of families -->\n"
 
 pytestmark = [
+    pytest.mark.timeout(1200),  # on a busy machine
     pytest.mark.slow,  # 71 models, each forward and backward twice: a minute
     pytest.mark.skipif(transformers.__version__ != "5.23.0", reason="the table is that of the pinned version"),
 ]

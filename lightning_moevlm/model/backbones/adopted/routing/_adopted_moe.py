@@ -20,17 +20,16 @@ from lightning_moevlm.model.backbones.adopted.routing._their_router import Their
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, spread
 from lightning_moevlm.model.backbones.adopted.routing.replace import Replacement
 from lightning_moevlm.model.backbones.adopted.routing.seam import Gate
-from lightning_moevlm.model.dispatch import Dispatcher, Experts
-from lightning_moevlm.model.dispatch.expert_protocol import Linear
-from lightning_moevlm.model.experts import ExpertStack
-from lightning_moevlm.model.layers import MoEFFN
-from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan
+from lightning_moevlm.model.dispatch import DispatchRecord
+from lightning_moevlm.model.experts import ExpertWeights
+from lightning_moevlm.model.layers import Mixture
+from lightning_moevlm.model.layers.feed_forward.feed_forward import RoutedPlan
 from lightning_moevlm.model.precision import region
 from lightning_moevlm.model.routers.choices import list_choices
 
 
-class AdoptedMoE(MoEFFN):
-    """Stands where their router stood; to readers of layers it is a MoE layer.
+class AdoptedMoE(Mixture):
+    """Stands where their router stood; to readers of layers it is a mixture.
 
     Args:
         theirs: their router; kept in `router` unless another one is given.
@@ -54,15 +53,15 @@ class AdoptedMoE(MoEFFN):
         replacement: Replacement | None = None,
         bias_rate: float | None = None,
     ) -> None:
-        FeedForward.__init__(self)  # the constructor of MoEFFN would build experts
+        super().__init__()
         self.dim, self.num_experts = gate.dim, gate.num_experts
         if replacement is not None:
             self.router = replacement.router
         else:
             self.router = TheirRouter(theirs, gate) if bias_rate is None else TheirBiasRouter(theirs, gate, bias_rate)
         self.factor = 1.0 if replacement is None else replacement.factor
-        self.experts: ExpertStack = TheirExperts(experts, gate)
-        self.dispatcher = TheirDispatcher(experts, replacement)
+        self.experts = TheirExperts(experts, gate)
+        self.dispatcher = TheirDispatch(experts, replacement)
         self.capacity = self.factor_in_force = self.choose = None
         self.free = self.shared = self.hidden_norm = self.shared_hidden_norm = None
         self.path = ""
@@ -74,7 +73,7 @@ class AdoptedMoE(MoEFFN):
         """The router that stood here."""
         return self.router.theirs if isinstance(self.router, TheirRouter) else self.replaced[0]
 
-    def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":  # type: ignore[override]
+    def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":
         """Route the tokens, and return what their block expects of its router."""
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         places = self.current.place(tokens_TD, self.modality)
@@ -150,7 +149,7 @@ class Triple(tuple):
     plans: tuple[RoutedPlan, ...] = ()
 
 
-class TheirExperts(ExpertStack):
+class TheirExperts(ExpertWeights):
     """A view of experts that belong to another module.
 
     Args:
@@ -159,7 +158,8 @@ class TheirExperts(ExpertStack):
     """
 
     def __init__(self, theirs: nn.Module, gate: Gate) -> None:
-        super().__init__(gate.dim, gate.num_experts, hidden_dim=1)
+        super().__init__()
+        self.dim, self.num_experts = gate.dim, gate.num_experts
         self._theirs = (theirs,)  # in a tuple: not a part, or its weights would be in the checkpoint twice
 
     def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
@@ -177,16 +177,12 @@ class TheirExperts(ExpertStack):
         first = first[..., : first.shape[-1] // 2] if getattr(theirs, "is_concatenated", True) else first[..., ::2]
         return (first, *turned[1:])
 
-    def run(self, rows_ND: Tensor, weights: tuple[Tensor, ...], linear: Linear) -> Tensor:
-        """Their block runs them."""
-        raise NotImplementedError
-
     def forward_flops_per_row(self) -> int:
         """2 FLOPs for each number of one expert's matrices."""
         return 2 * sum(p.numel() for p in self._theirs[0].parameters() if p.ndim >= 2) // self.num_experts
 
 
-class TheirDispatcher(Dispatcher):
+class TheirDispatch(DispatchRecord):
     """Names the way in which transformers runs the experts, and what became of its router.
 
     Args:
@@ -200,10 +196,6 @@ class TheirDispatcher(Dispatcher):
         if replacement is not None:
             origin = "with the model's weights" if replacement.carries else "from new weights"
             self._router = f", {type(replacement.router).__name__} {origin}"
-
-    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
-        """Their block runs them."""
-        raise NotImplementedError
 
     def record(self) -> str:
         """Return the back-end of the configuration."""
