@@ -24,5 +24,5 @@ def show_p(p: float) -> str:
 
 
 def finite(value: float | None) -> float | None:
-    """Return a number with six digits; None for what JSON cannot hold."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.6g}")
+    """Return a number with four digits; None for what JSON cannot hold."""
+    return None if value is None or not math.isfinite(value) else float(f"{value:.4g}")

@@ -6,7 +6,7 @@ from lightning_moevlm.atlas.causal.effects import GroupEffect
 from lightning_moevlm.atlas.causal.examine import Examination
 from lightning_moevlm.atlas.causal.groups import EVERY
 from lightning_moevlm.atlas.causal.roles import Need, Role, TestedClaim
-from lightning_moevlm.atlas.causal.show_effect import effect_record, show_effect
+from lightning_moevlm.atlas.causal.show_effect import COLUMNS, effect_record, effect_row, show_effect
 from lightning_moevlm.atlas.section import Section, show_p
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 
@@ -116,13 +116,14 @@ def _records(found: Examination) -> dict[str, Any]:
     return {
         "tokens_of_a_removed_expert": found.to,
         "samples": found.num_samples,
+        "columns": list(COLUMNS),
         "groups": dict(found.groups),
         "experts": [
             {
                 "layer": expert.layer,
                 "expert": expert.expert,
                 "needed_for": [each.group for role in found.roles if role.expert == expert for each in role.needed_for],
-                "effects": [_effect(each) for each in effects],
+                "effects": {each.group: _effect(each) for each in effects},
             }
             for expert, effects in found.effects.items()
         ],
@@ -152,10 +153,8 @@ def _records(found: Examination) -> dict[str, Any]:
 
 
 def _effect(each: GroupEffect) -> dict[str, Any]:
-    return {
-        "group": each.group,
-        "loss": effect_record(each.loss),
-        "elsewhere": effect_record(each.elsewhere),
-        "more_than_elsewhere": effect_record(each.more),
-        "right": {term: effect_record(effect) for term, effect in each.right.items()},
-    }
+    """Return the effects on a group; rows have the columns of the record, so that 768 experts stay readable."""
+    found = {"loss": effect_row(each.loss)}
+    if each.more is not None:
+        found["more_than_elsewhere"] = effect_row(each.more)
+    return found | {f"right_{term}": effect_row(effect) for term, effect in each.right.items()}

@@ -17,14 +17,13 @@ def show_effect(effect: Effect | None) -> str:
 
 def effect_record(effect: Effect | None) -> dict[str, Any] | None:
     """Return an effect as plain values."""
-    if effect is None:
-        return None
+    return None if effect is None else dict(zip(COLUMNS, effect_row(effect), strict=True))
+
+
+COLUMNS = ("samples", "mean", "low", "high", "p", "p_adjusted")
+
+
+def effect_row(effect: Effect) -> list[float | None]:
+    """Return the values of `COLUMNS`."""
     low, high = (None, None) if effect.interval is None else (effect.interval.low, effect.interval.high)
-    return {
-        "samples": effect.num_samples,
-        "mean": finite(effect.mean),
-        "low": finite(low),
-        "high": finite(high),
-        "p": effect.p,
-        "p_adjusted": effect.p_adjusted,
-    }
+    return [effect.num_samples, *(finite(each) for each in (effect.mean, low, high, effect.p, effect.p_adjusted))]

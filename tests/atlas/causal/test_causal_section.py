@@ -40,4 +40,7 @@ def test_needs_are_told() -> None:
     assert layers.columns[-1] == "right text" and layers.rows[0][-1] == "-0.1 [-0.11, -0.09]"
     records = json.loads(json.dumps(section.records, allow_nan=False))
     assert records["ranking"] == [["blocks.1.ffn", 3], ["blocks.1.ffn", 5]]
-    assert records["experts"][1]["needed_for"] == ["category apple"]
+    first = records["experts"][1]
+    assert first["needed_for"] == ["category apple"] and records["columns"][:4] == ["samples", "mean", "low", "high"]
+    assert first["effects"]["category apple"]["loss"] == [42, 0.3, 0.29, 0.31, 1e-6, 1e-6]
+    assert records["layers"][0]["loss"]["mean"] == 0.4

@@ -9,7 +9,6 @@ import torch
 
 from lightning_moevlm.atlas.causal.examine import To, examine
 from lightning_moevlm.atlas.causal.groups import EVERY, group_samples
-from lightning_moevlm.atlas.causal.observed import observed_groups
 from lightning_moevlm.atlas.causal.roles import Expert, Need, Serves
 from lightning_moevlm.atlas.make_atlas import TRACE_FILE, make_atlas
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
@@ -55,22 +54,22 @@ def test_a_planted_specialist_is_needed_for_its_category(to: To, many_scenes: Pa
     assert all(each.loss.mean > 0 for each in found.layers)
 
 
-@pytest.mark.slow(reason="twenty atlases")
-def test_a_planted_specialist_is_found_and_confirmed_in_twenty_seeds(many_scenes: Path, tmp_path: Path) -> None:
+@pytest.mark.slow(reason="twenty probes")
+def test_removal_confirms_a_planted_specialist_in_twenty_seeds(many_scenes: Path, tmp_path: Path) -> None:
     data = open_data(many_scenes)
     model = small_model(partial(PlantedRouter, planted=tokens_of(data, "fruit"))).eval()
     for seed in range(20):
         probe = ProbeSet(data, "train", 150, seed)
-        atlas = make_atlas(model, MaskedModelling(model.spec), probe, tmp_path / str(seed), draws=199)
+        atlas = make_atlas(model, MaskedModelling(model.spec), probe, tmp_path / str(seed), draws=19)
         groups = group_samples(Trace(tmp_path / str(seed) / TRACE_FILE), atlas.names, ["category fruit"])
-        observed = [each for each in observed_groups(atlas) if each.group == "category fruit"]
-        assert {each.expert.expert for each in observed} == {0}, seed
         chosen = {EVERY: groups[EVERY], "category fruit": groups["category fruit"]}
-        objective = Remember(model).eval()
-        found = examine(model, objective, Draws(0), probe, atlas.layers, chosen, tuple(observed), "nothing")
-        for claim in found.claims:
-            assert claim.need is Need.SPECIFIC and claim.effect is not None, seed
-            assert claim.effect.loss.p_adjusted < 0.001, seed
+        last = atlas.layers[-1:]
+        observed = tuple(Serves(Expert(last[0].layer, expert), "category fruit", 3.0) for expert in range(NUM_EXPERTS))
+        found = examine(model, Remember(model).eval(), Draws(0), probe, last, chosen, observed, "nothing")
+        specialist, *others = found.claims
+        assert specialist.need is Need.SPECIFIC and specialist.effect is not None, seed
+        assert specialist.effect.loss.p_adjusted < 0.001, seed
+        assert not any(each.need is Need.SPECIFIC for each in others), seed
 
 
 def test_groups_are_of_samples(many_scenes: Path, tmp_path: Path) -> None:
