@@ -83,7 +83,8 @@ class LabelReader:
             images = slice(len(batch.images_BRYX))
             valid_BS[images, :patches] = True
             self._label_patches(probe, objects, codes)
-            code_BP = self._patch_codes.to(batch.device)(batch.images_BRYX, None).cpu().numpy()
+            device = self._patch_codes.projection_QN.device  # the model's, if they are its own
+            code_BP = self._patch_codes(batch.images_BRYX.to(device), None).cpu().numpy()
             units[Null.IDENTITIES][images, :patches] = self.spec.vocab_size + code_BP
         if batch.text_BL is not None and batch.text_mask_BL is not None:
             mask_BL, ids_BL = batch.text_mask_BL.cpu().numpy(), batch.text_BL.cpu().numpy()

@@ -74,7 +74,12 @@ def render_page(
         records=records,
         finding=finding,
         sections=sections,
-        tables=[layers_table(records), *(label_table(layer) for layer in records["layers"]), claims_table(records)],
+        tables=[
+            layers_table(records),
+            confidence_table(records),
+            *(label_table(layer) for layer in records["layers"]),
+            claims_table(records),
+        ],
         content=_embed({**records, "layers": sheets}),
         images=_embed([*atlas.images.values()]),
         script=script,
@@ -119,6 +124,17 @@ def layers_table(records: Mapping[str, Any]) -> Table:
         "undecidedness: mean entropy of a token's probabilities over ln E; 0 is certain.",
     )
     return Table("Layers", columns, tuple(rows), notes)
+
+
+def confidence_table(records: Mapping[str, Any]) -> Table:
+    """Return the share of tokens by the largest probability that the router gives."""
+    rows = tuple(
+        (f"{layer['layer']}, {name}", f"{found['tokens']:,}", *(f"{part:.1%}" for part in found["histogram"]))
+        for layer in records["layers"]
+        for name, found in layer["confidence"].items()
+    )
+    parts = tuple(f"{part / 10:.1f} to {(part + 1) / 10:.1f}" for part in range(10))
+    return Table("Tokens by their largest probability", ("layer, modality", "tokens", *parts), rows)
 
 
 def label_table(layer: Mapping[str, Any]) -> Table:

@@ -78,7 +78,8 @@ def experts(
         "step": int(loaded.checkpoint.get("global_step", 0)),
     }
     sections = make_sections(asked, atlas, found, loaded, probe, folder, batch_size)
-    page = write_atlas(atlas, about, f"moevlm experts {run}", folder, sections)
+    command = f"moevlm experts {run} --split {split} --samples {samples} --seed {seed} --draws {draws}"
+    page = write_atlas(atlas, about, command, folder, sections)
     rows = atlas.rows()
     show(_table(rows), rows, json)
     if json is None:
