@@ -119,7 +119,7 @@ class HuggingFaceModel(Backbone):
         layers: Mapping[str, AdoptedMoE | UpcycledMoE] = (
             adopt(self.model, self.current, router, bias_rate)
             if upcycle is None
-            else upcycle_dense(self.model, self.current, upcycle, router, bias_rate)
+            else upcycle_dense(self.model, self.current, upcycle, router, bias_rate, lora)
         )
         for place, layer in layers.items():
             layer.path = f"model.{place}"

@@ -25,6 +25,7 @@ class LoRA:
         dropout: share of their inputs left out in training.
         targets: ends of names of linear layers that get one; experts are stacks and get none.
         train_routers: routers are trained as they are, beside the adapters.
+        train_experts: so are experts; upcycled ones need it, or copies would stay alike.
 
     Raises:
         UserError: a number out of range, or no target.
@@ -35,6 +36,7 @@ class LoRA:
     dropout: float = 0.0
     targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "o_proj")
     train_routers: bool = True
+    train_experts: bool = False
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -69,9 +71,12 @@ def add_adapters(model: nn.Module, layers: Iterable[Mixture], options: LoRA) -> 
             raise UserError(f"lora.targets {list(options.targets)}: {str(error).split(chr(10))[0]}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
-    if options.train_routers:
-        for layer in layers:
+    for layer in layers:
+        if options.train_routers:
             layer.router.requires_grad_()
+        if options.train_experts:
+            for parameter in layer.experts.parameters():
+                parameter.requires_grad_()
 
 
 def freeze(model: Any, layers: Sequence[Mixture], parts: Sequence[Part]) -> None:

@@ -16,6 +16,7 @@ from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingI
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_experts import UpcycledExperts
 from lightning_moevlm.model.backbones.adopted.upcycling.dense import Dense, activation_of, read_weights
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.dispatch.loop import LoopDispatcher
 from lightning_moevlm.model.experts.upcycle import Upcycle, make_biases, make_experts
 from lightning_moevlm.model.initial_weights import derive_seed, initialise
@@ -42,6 +43,8 @@ class UpcycledMoE(MoEFFN):
         num_slices: G, of each copy.
         router: factory (dim, num_experts) -> Router.
         options: noise and new units.
+        capacity: of experts; None is dropless.
+        dispatcher: None is AutoDispatcher.
 
     Raises:
         UserError: slices that do not divide, or a router that makes no plan of pairs or reads more than tokens.
@@ -59,6 +62,8 @@ class UpcycledMoE(MoEFFN):
         num_slices: int,
         router: Callable[[int, int], Router],
         options: Upcycle,
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         if num_experts % num_slices or dense.hidden_dim % num_slices:
             raise UserError(
@@ -73,7 +78,7 @@ class UpcycledMoE(MoEFFN):
             function=activation_of(theirs, dense.form),
             dtype=weights["down"].dtype,
         )
-        super().__init__(dense.dim, num_experts, router, make)
+        super().__init__(dense.dim, num_experts, router, make, capacity, dispatcher)
         self._refuse_router()
         self.replaced: tuple[nn.Module, ...] = (theirs,)  # in a tuple: not a part any more
         self.dense, self.current, self.num_slices, self.options = dense, current, num_slices, options

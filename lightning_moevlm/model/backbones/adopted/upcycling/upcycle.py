@@ -1,5 +1,6 @@
 """Puts mixtures of ours where a transformers model has dense feed-forwards (sparse upcycling, arXiv 2212.05055)."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,9 +13,11 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
+from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
 from lightning_moevlm.model.backbones.adopted.upcycling.dense import find_feed_forwards
 from lightning_moevlm.model.backbones.placement import Placement, place_experts
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.experts.upcycle import Upcycle
 from lightning_moevlm.model.routers import Router, TopKRouter
 
@@ -34,6 +37,8 @@ class UpcycleDense(Upcycle):
         granularity: G: slices of F / G hidden units stand for each copy of a feed-forward; 1 takes it whole.
         moe_every: every n-th block gets a mixture.
         moe_placement: which blocks; null follows `moe_every`.
+        capacity: factors and priority of places; null is dropless.
+        dispatcher: the way to run a plan; null is AutoDispatcher.
 
     Raises:
         UserError: a number out of range.
@@ -44,6 +49,8 @@ class UpcycleDense(Upcycle):
     granularity: int = 1
     moe_every: int = 1
     moe_placement: Placement = None
+    capacity: Capacity | None = None
+    dispatcher: Dispatcher | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -58,6 +65,7 @@ def upcycle_dense(
     options: UpcycleDense,
     router: Callable[[int, int], Router] | None,
     bias_rate: float | None,
+    lora: LoRA | None = None,
 ) -> dict[str, UpcycledMoE]:
     """Replace the feed-forwards of a model in some of its blocks, in place.
 
@@ -67,6 +75,7 @@ def upcycle_dense(
         options: which of them, and how experts start.
         router: factory (dim, num_experts) -> Router; None is TopKRouter.
         bias_rate: must be None; it moves a bias that upcycled models do not have.
+        lora: adapters that will be added.
 
     Returns:
         The mixtures by their path in the model.
@@ -82,6 +91,11 @@ def upcycle_dense(
         raise UserError(
             "model.backbone.bias_rate moves the bias of the model's own routers, and an upcycled model has none: set "
             "it to null, and model.backbone.router to SigmoidBiasRouter"
+        )
+    if lora is not None and not lora.train_experts:
+        raise UserError(
+            "model.backbone.lora freezes the experts, and those of an upcycled model start as copies of each other and "
+            "would stay alike: set lora.train_experts to true, or lora to null"
         )
     if router is not None and options.top_k is not None:
         raise UserError(
@@ -101,7 +115,17 @@ def upcycle_dense(
     for dense in found:
         if dense.block in chosen:
             theirs = model.get_submodule(dense.path)
-            layer = UpcycledMoE(dense, theirs, current, options.num_experts, options.granularity, router, options)
+            layer = UpcycledMoE(
+                dense,
+                theirs,
+                current,
+                options.num_experts,
+                options.granularity,
+                router,
+                options,
+                options.capacity,
+                copy.deepcopy(options.dispatcher),  # it remembers the cases of its layer
+            )
             layer.train(theirs.training)
             model.set_submodule(dense.path, layer)
             layers[dense.path] = layer

@@ -14,18 +14,26 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
-from lightning_moevlm.model.backbones import HuggingFaceModel
+from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_experts import UpcycledExperts
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
 from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense, dense_again
-from lightning_moevlm.model.dispatch import GroupedDispatcher, LoopDispatcher, PaddedDispatcher, SegmentDispatcher
+from lightning_moevlm.model.dispatch import (
+    Capacity,
+    GroupedDispatcher,
+    LoopDispatcher,
+    PaddedDispatcher,
+    SegmentDispatcher,
+)
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import Gate, HashRouter, SigmoidBiasRouter, SoftRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Liveness, Telemetry
 from lightning_moevlm.training.optim import GradientStabilisers
+from tests.conftest import PROJECT
 from tests.model.backbones.adopted.upcycling.small_dense import FOUR, small_upcycled
 from tests.small_model import pair_batch
 from tests.training.callbacks.asked_run import Tagged
@@ -162,6 +170,32 @@ def test_switches_of_ours_act_on_it(caplog: pytest.LogCaptureFixture) -> None:
         assert bool(layer.router.bias_AE.any())
 
 
+def test_adapters_are_trained_beside_experts() -> None:
+    trained = {
+        name.rpartition(".")[2]
+        for name, parameter in small_upcycled("llama", lora=LoRA(train_experts=True)).named_parameters()
+        if parameter.requires_grad and "lora_" not in name
+    }
+    assert trained == {"weight_ED", "gate_EDF", "up_EDF", "down_EFD"}
+
+
+def test_capacity_and_dispatcher_are_ours() -> None:
+    options = UpcycleDense(num_experts=4, top_k=1, capacity=Capacity(train_factor=0.5), dispatcher=LoopDispatcher())
+    model = small_upcycled("llama", options)
+    plan = model(None, *BATCH[1:3]).plans[0].plan
+    assert isinstance(plan, PairPlan)
+    assert int(plan.kept_N.sum()) < int(plan.chosen_N.sum())
+    one, other = (layer.dispatcher for layer in layers_of(model))
+    assert isinstance(one, LoopDispatcher)
+    assert one is not other
+
+
+def test_the_shipped_configuration_is_described_without_memory() -> None:
+    card = describe_model(ConfigResolver()([PROJECT / "conf/hugging_face/qwen3_upcycled.yaml"], {}))
+    dense = 3 * 64 * 128
+    assert card.total_parameters - card.active_parameters == 2 * 6 * dense  # two of four blocks; 6 of 8 experts rest
+
+
 def test_start_follows_from_seeds() -> None:
     one, other, third = (small_upcycled("llama", UpcycleDense(num_experts=4, noise=0.1)) for _ in range(3))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
@@ -198,6 +232,7 @@ def test_a_directory_is_upcycled_and_its_feed_forwards_are_freed(tmp_path: Any) 
         ("llama", {"upcycle": UpcycleDense(num_experts=6, granularity=4)}, "does not divide num_experts 6"),
         ("llama", {"upcycle": UpcycleDense(num_experts=4, top_k=2), "router": TopKRouter}, "set one of them to null"),
         ("llama", {"bias_rate": 1e-3}, "an upcycled model has none"),
+        ("llama", {"lora": LoRA()}, "would stay alike: set lora.train_experts to true"),
         ("llama", {"router": SoftRouter}, "mixes tokens and chooses no experts"),
         ("llama", {"router": HashRouter}, "reads token ids"),
     ],
