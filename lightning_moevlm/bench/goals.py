@@ -6,9 +6,10 @@ A time goal is missed if both the best ratio and the median ratio miss it, becau
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from lightning_moevlm.bench.adopted import ObservingTimes
 from lightning_moevlm.bench.busy_machine import MOEVLM_WAIT, LoadTimes
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
-from lightning_moevlm.bench.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, name_timed
+from lightning_moevlm.bench.data.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, name_timed
 from lightning_moevlm.bench.dispatch_scaling import Growth
 from lightning_moevlm.bench.layer import LayerResult
 from lightning_moevlm.bench.peers import TRANSFORMERS_EAGER, TRANSFORMERS_GROUPED
@@ -31,6 +32,7 @@ _DISPATCH_OVER_DENSE = 0.06
 _LINEAR = 1.25  # time per token at T = 32768 over that at 2048
 _EXPERTS = 2.0  # E = 128 over E = 4
 _ADDED_MS = 2.5  # per step, by Lightning with all telemetry and MLflow, logging every 50
+_OBSERVED_OVER_PLAIN = 1.02
 _SPARSE_OVER_DENSE = 1.03  # a whole training step
 _OVER_FAIR_SHARE = 1.2  # time of a step, quiet and beside busy processes
 _OF_CEILING = {64: 0.60, 224: 0.75}  # samples/s of the loader over decoding alone, by image size
@@ -96,6 +98,11 @@ def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
         Verdict("ms that Lightning, telemetry and MLflow add to a step", times.added, _ADDED_MS),
         Verdict("sparse step over dense step", sparsity.fairest, _SPARSE_OVER_DENSE),
     ]
+
+
+def observing_verdicts(times: ObservingTimes) -> list[Verdict]:
+    """Check what observing a model of Hugging Face costs."""
+    return [Verdict("observed step over the plain model's", times.over_plain.fairest, _OBSERVED_OVER_PLAIN)]
 
 
 def load_verdicts(times: LoadTimes) -> list[Verdict]:

@@ -181,7 +181,7 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
     import tempfile
     from pathlib import Path
 
-    from lightning_moevlm.bench import data_loading as bench
+    from lightning_moevlm.bench.data import data_loading as bench
     from lightning_moevlm.bench.goals import data_verdicts
 
     _prepare(rounds, threads=1)
@@ -197,7 +197,39 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
     return _finish(listing, times.records(), data_verdicts(times, bench.SIZES, bench.WORKERS), json)
 
 
-COMMANDS: dict[str, Callable[..., int]] = {"layer": layer, "dispatch": dispatch, "step": step, "data": data}
+def adopted(
+    rounds: int = 9, sequences: int = 4, length: int = 256, threads: int | None = 1, json: str | None = None
+) -> int:
+    """Time what observing the routing adds to a step of a model of Hugging Face, forward and backward.
+
+    Args:
+        rounds: Interleaved rounds; each times both once.
+        sequences: Texts of a batch.
+        length: Tokens of each.
+        threads: Threads of torch; a single one is timed by its CPU time, which other processes do not change.
+        json: Write one record per model to this file instead of the table; - is standard output.
+    """
+    from lightning_moevlm.bench.adopted import measure_observing, refuse_missing
+    from lightning_moevlm.bench.goals import observing_verdicts
+
+    refuse_missing()
+    _prepare(rounds, threads)
+    if sequences < 1 or length < 1:
+        raise UserError(f"--sequences is {sequences} and --length {length}: give at least 1 of each")
+    with _progress() as progress:
+        task = progress.add_task("plain and observed", total=2 * (rounds + 1))
+        times = measure_observing(rounds, sequences, length, lambda: progress.advance(task))
+    columns = _TIMES | {"peak_mib": "peak MiB"}
+    return _finish(_table(times.records(), columns, _setting()), times.records(), observing_verdicts(times), json)
+
+
+COMMANDS: dict[str, Callable[..., int]] = {
+    "layer": layer,
+    "dispatch": dispatch,
+    "step": step,
+    "data": data,
+    "adopted": adopted,
+}
 
 
 def _prepare(rounds: int, threads: int | None, device: Device = "cpu") -> None:

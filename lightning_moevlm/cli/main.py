@@ -41,7 +41,7 @@ moevlm {__version__}: train sparse mixture-of-experts vision-language models, ab
   moevlm spikes RUN                                 explain spikes and crashes: what moved first, the samples, illnesses
   moevlm replay RUN --with KEY=VALUE                train the steps around an event again: what would have prevented it?
   moevlm sync [FOLDER]                              upload logs that runs kept locally while MLflow was unreachable
-  moevlm bench layer|dispatch|step|data             time layers, dispatchers, whole steps and data on this machine
+  moevlm bench layer|dispatch|step|data|adopted     time layers, dispatchers, steps, data and observed models here
   moevlm list [KIND]                                list parts for configurations, designs, metrics
   moevlm describe NAME|study                        explain one part and its options, or the keys of a study file
   moevlm describe -c FILE                           count parameters, FLOPs and activations of a configuration

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from lightning_moevlm.bench import data_loading as bench
+from lightning_moevlm.bench.data import data_loading as bench
+from lightning_moevlm.bench.data.plain_webdataset import plain_batches
 from lightning_moevlm.bench.goals import Verdict, data_verdicts
-from lightning_moevlm.bench.plain_webdataset import plain_batches
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.write.demo.scenes import build_scenes

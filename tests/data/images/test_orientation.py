@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from lightning_moevlm.bench.plain_webdataset import _Resized
+from lightning_moevlm.bench.data.plain_webdataset import _Resized
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.images.decode import decode_image, turn_pixels

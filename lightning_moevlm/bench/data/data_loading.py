@@ -23,7 +23,7 @@ import simplejpeg
 import torch
 
 from lightning_moevlm.bench.candidates import Candidate
-from lightning_moevlm.bench.plain_webdataset import plain_batches
+from lightning_moevlm.bench.data.plain_webdataset import plain_batches
 from lightning_moevlm.bench.timing import Seconds, interleave, ratio
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule

@@ -1,0 +1,1 @@
+"""Timing of reading, decoding and loaders."""
