@@ -45,6 +45,10 @@ def test_a_run_by_name_and_a_lonely_checkpoint_agree(run: Path, tmp_path: Path) 
     assert {each["layer"] for each in by_name} == {"blocks.1.ffn.image", "blocks.1.ffn.text"}
     assert {"image/category", "text/word"} <= {each["label"] for each in by_name}
     assert (run / "experts/choices.safetensors").is_file()
+    page = (run / "experts/experts.html").read_text("utf-8")
+    assert "observed" in page and "--split train --samples 40 --seed 0" in page
+    (artifact,) = Path("runs").glob("**/artifacts/experts/experts.html")
+    assert artifact.read_text("utf-8") == page and artifact.with_suffix(".json").is_file()
     lonely = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lonely.ckpt")
     config = str(run / "config/config.yaml")
     assert records(str(lonely), "-c", config, "--split=train") == by_name
