@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from lightning_moevlm.cli.main import main
+from lightning_moevlm.cli.runs.experts import expand_shorthand
 from tests.conftest import furnish
 from tests.small_run import SMALL, budget
 
@@ -53,6 +54,17 @@ def test_a_run_by_name_and_a_lonely_checkpoint_agree(run: Path, tmp_path: Path) 
     config = str(run / "config/config.yaml")
     assert records(str(lonely), "-c", config, "--split=train") == by_name
     assert (tmp_path / "lonely-experts/choices.safetensors").is_file()
+
+
+def test_a_configuration_has_three_spellings() -> None:
+    for spelling in ("-c", "--config", "--config_file"):
+        assert expand_shorthand(["experts", "x.ckpt", spelling, "FILE"]) == [
+            "experts",
+            "x.ckpt",
+            "--config_file",
+            "FILE",
+        ]
+        assert expand_shorthand([f"{spelling}=FILE"]) == ["--config_file=FILE"]
 
 
 def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

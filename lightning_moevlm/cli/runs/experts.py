@@ -39,7 +39,8 @@ def experts(
     Args:
         run: Name, id or folder of a run, a checkpoint (.ckpt), or the folder of an exported model.
         ckpt_path: Checkpoint of the run: last, best, or the name of a file.
-        config_file: Configuration of the training, also -c; needed only for a checkpoint in the folder of no run.
+        config_file: -c FILE or --config FILE, the configuration of the training; needed only for a checkpoint in the
+            folder of no run.
         data: Set that the samples are from; by default the data of the run.
         split: Split that the samples are from.
         samples: Samples of the probe.
@@ -93,11 +94,11 @@ def experts(
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Return a command line in which -c stands for --config_file."""
+    """Return a command line in which -c and --config stand for --config_file."""
     full = []
     for word in words:
         name, equals, value = word.partition("=")
-        full.append(f"--config_file{equals}{value}" if name == "-c" else word)
+        full.append(f"--config_file{equals}{value}" if name in ("-c", "--config") else word)
     return full
 
 
