@@ -13,9 +13,11 @@ from lightning_moevlm.atlas.routing.route import RoutedBatch, route
 from lightning_moevlm.atlas.routing.trace import Trace, TraceWriter
 from lightning_moevlm.atlas.statistics.specialisation import specialise
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.data.datamodule import ShardDataModule
+from lightning_moevlm.data.text.chat import ChatOptions
 from lightning_moevlm.model.objectives import MaskedModelling
 from lightning_moevlm.model.routers import FixedRouter, SoftRouter
-from tests.atlas.observed import NUM_EXPERTS, open_data, small_model
+from tests.atlas.observed import NUM_EXPERTS, SIZES, open_data, small_model
 
 
 @pytest.fixture(scope="module")
@@ -104,3 +106,6 @@ def test_a_probe_is_named_by_its_keys(many_scenes: Path) -> None:
     assert [key for batch in first.batches(20) for key in batch.batch.keys] == keys
     with pytest.raises(UserError, match="samples is 0"):
         ProbeSet(data, "train", 0)
+    conversations = ShardDataModule(str(many_scenes), 8, chat=ChatOptions("a_processor"), **SIZES)
+    with pytest.raises(UserError, match="experts of this run cannot be labelled"):
+        ProbeSet(conversations, "train", 20)

@@ -97,7 +97,7 @@ class ProbeSet:
         seed: of the choice.
 
     Raises:
-        UserError: fewer samples than sets, an empty split, or tars without a manifest.
+        UserError: fewer samples than sets, an empty split, tars without a manifest, or conversations.
     """
 
     def __init__(self, data: ShardDataModule, split: Split = "val", num_samples: int = 512, seed: int = 0) -> None:
@@ -105,6 +105,11 @@ class ProbeSet:
             raise UserError(
                 "a probe names its samples, and data.urls has no list of them: make one with `moevlm data index`, and "
                 "use it as data.root"
+            )
+        if data.chats is not None:
+            raise UserError(
+                "a probe labels images and texts that the data cut into tokens, and with data.chat the model's own "
+                "processor does: experts of this run cannot be labelled. `moevlm audit` shows their loads by modality"
             )
         check_number("samples", num_samples, least=len(data.sets), advice=", one of each set")
         self.data, self.split, self.seed = data, split, seed
