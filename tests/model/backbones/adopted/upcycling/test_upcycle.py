@@ -80,7 +80,9 @@ def test_slices_of_a_copy_are_chosen_together_at_first() -> None:
 
 
 @pytest.mark.parametrize(
-    "dispatcher", [LoopDispatcher(), SegmentDispatcher(), PaddedDispatcher(), GroupedDispatcher()], ids=str
+    "dispatcher",
+    [LoopDispatcher(), SegmentDispatcher(), PaddedDispatcher(), GroupedDispatcher()],
+    ids=lambda each: type(each).__name__,
 )
 @pytest.mark.parametrize("family", ["gemma2", "phi"])
 def test_every_dispatcher_runs_its_experts(family: str, dispatcher: Any) -> None:
