@@ -55,3 +55,15 @@ def check_writable(folder: Path, option: str) -> None:
     existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise UserError(f"{option} = {folder}: {existing} cannot be written. Name a folder that can.")
+
+
+def check_writable_file(file: Path, option: str) -> None:
+    """Refuse a file that cannot be written, before the work that fills it. Nothing is made here.
+
+    Raises:
+        UserError: names the option that gave it.
+    """
+    if file.is_dir():
+        raise UserError(f"{option} = {file} is a folder. Name a file.")
+    if file.is_file() or not file.exists():  # not a device or pipe
+        check_writable(file.parent, option)

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_moevlm.cli.output import console, show
-from lightning_moevlm.common.atomic_files import explain_write_errors, write_atomically
+from lightning_moevlm.common.atomic_files import check_writable_file, explain_write_errors, write_atomically
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -61,6 +61,14 @@ def audit(
     if batch_size < 2 or batch_size % 2:
         raise UserError(f"batch_size is {batch_size}: choose an even number, since its halves are compared")
     target = local_target(f"audit_{_name(path, configuration)}.html" if out is None else out, "--out")
+    check_writable_file(target, "out")
+    if json not in (None, "-"):
+        check_writable_file(Path(json), "json")
+    if device == "cuda":
+        import torch
+
+        if not torch.cuda.is_available():
+            raise UserError("device is cuda, and no GPU of this machine is seen: leave --device out")
     built_from, options = _read_config(path, configuration)
     model = _open(built_from, options, image_size, max_text_len, dtype, local_files_only)
     from lightning_moevlm.model.backbones.adopted.audit.audit import audit as audit_model
@@ -100,6 +108,8 @@ def _open(
     """Return the model; what transformers prints about weights and sizes is left to its log level."""
     from lightning_moevlm.model.backbones.adopted.audit.open_model import open_model
 
+    if path is not None and Path(path).is_file():
+        raise UserError(f"{path} is a file: give the folder that save_pretrained wrote, or --config {path}")
     if path is not None and not Path(path).is_dir() and not _HUB_NAME.fullmatch(path):
         raise UserError(
             f"{path} is not a folder: give one that save_pretrained wrote, or the name of a model on the hub"
@@ -123,16 +133,27 @@ def _read_config(path: str | None, config: str | None) -> tuple[str | None, dict
         raise UserError(f"--config {config} cannot be read: {str(error).splitlines()[0]}") from error
     if not isinstance(content, dict):
         raise UserError(f"--config {config} holds no mapping: give {{model_type: olmoe, ...}} or a file with one")
-    backbone = (content.get("model") or {}).get("backbone") or {}
+    backbone = _mapping(_mapping(content.get("model")).get("backbone"))
     if "model_type" not in content and backbone:
         if str(backbone.get("class_path")).rpartition(".")[2] != "HuggingFaceModel":
             raise UserError(
                 f"--config {config} has the backbone {backbone.get('class_path')}, and moevlm audit is for "
                 "HuggingFaceModel; of the others moevlm fit writes receipts and loads"
             )
-        given = backbone.get("init_args") or {}
-        return given.get("path"), given.get("config")
+        given = _mapping(backbone.get("init_args"))
+        if given.get("upcycle") is not None:
+            raise UserError(
+                f"--config {config} makes mixtures of ours by model.backbone.upcycle, and moevlm audit is for "
+                "routers of transformers; of the others moevlm fit writes receipts and loads"
+            )
+        directory = given.get("path")
+        return None if directory is None else str(directory), _mapping(given.get("config")) or None
     return None, content
+
+
+def _mapping(value: Any) -> dict[str, Any]:
+    """Return a part of a configuration, which a user may have written as anything."""
+    return value if isinstance(value, dict) else {}
 
 
 def _is_mapping(config: str) -> bool:

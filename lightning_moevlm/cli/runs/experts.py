@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_moevlm.cli.output import console, show
 from lightning_moevlm.cli.runs.expert_sections import find_parts, make_sections
-from lightning_moevlm.common.atomic_files import check_writable
+from lightning_moevlm.common.atomic_files import check_writable, check_writable_file
 from lightning_moevlm.common.number_checks import check_number
 
 if TYPE_CHECKING:
@@ -70,6 +70,8 @@ def experts(
     asked = find_parts(found, remove, history, others or (), tracking_uri)
     folder = _folder(found) if out is None else Path(out)
     check_writable(folder, "out")
+    if json not in (None, "-"):
+        check_writable_file(Path(json), "json")
     loaded = load_run(found.checkpoint, found.config)
     probe = ProbeSet(_data(loaded.resolved["data"], data), split, samples, seed)
     atlas = make_atlas(loaded.module.backbone, loaded.module.objective, probe, folder, draws, batch_size)

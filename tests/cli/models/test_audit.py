@@ -142,6 +142,12 @@ def test_mistakes_are_told_in_one_line(
     Path("list.yaml").write_text("[1, 2]")
     Path("empty.txt").write_text("\n")
     Path("folder").mkdir()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    Path("torn").mkdir()
+    Path("torn/config.json").write_text(json.dumps(OLMOE | {"vocab_size": 300}))
+    Path("torn/model.safetensors").write_text("cut off")
+    ours = {"class_path": "HuggingFaceModel", "init_args": {"config": OLMOE, "upcycle": {"num_experts": 4}}}
+    Path("upcycled.yaml").write_text(yaml.safe_dump({"model": {"backbone": ours}}))
     olmoe = ("--config", json.dumps(OLMOE))
     for arguments, told in (
         (["nowhere"], "nowhere is not a folder: give one that save_pretrained wrote"),
@@ -155,6 +161,17 @@ def test_mistakes_are_told_in_one_line(
             ["--config", json.dumps(DEEPSEEK | {"head_dim": 8})],
             "DeepseekV3ForCausalLM fails on the sample: RuntimeError",
         ),
+        (["torn"], "transformers cannot build the path torn: SafetensorError"),
+        (["list.yaml"], "list.yaml is a file: give the folder that save_pretrained wrote, or --config list.yaml"),
+        (["--config", "{model: foo}"], "has no model_type"),
+        (["--config", "{model: {backbone: foo}}"], "has no model_type"),
+        (["--config", "{model: {backbone: {class_path: HuggingFaceModel, init_args: 3}}}"], "either `path`"),
+        (["--config", "{model_type: olmoe, vocab_size: x}"], "Field 'vocab_size' expected int, got str"),
+        (["--config", "{model_type: olmoe, text_config: x}"], "transformers cannot build the config of olmoe"),
+        (["--config", "upcycled.yaml"], "makes mixtures of ours by model.backbone.upcycle"),
+        ([*olmoe, "--device", "cuda"], "device is cuda, and no GPU of this machine is seen"),
+        ([*olmoe, "--out", "folder"], "out = folder is a folder. Name a file."),
+        ([*olmoe, "--json", "list.yaml/record.json"], "json = list.yaml: "),
         (["--config", "moevlm.yaml"], "has the backbone VLMoE, and moevlm audit is for HuggingFaceModel"),
         (["--config", "missing.yaml"], "--config missing.yaml cannot be read: [Errno 2] No such file"),
         (["--config", "list.yaml"], "holds no mapping: give {model_type: olmoe, ...}"),
@@ -167,4 +184,5 @@ def test_mistakes_are_told_in_one_line(
         error = capfd.readouterr().err
         assert told in error
         assert "Traceback" not in error
+        assert len(error) < 1000
     assert not list(tmp_path.glob("*.html"))

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -14,6 +15,7 @@ from lightning_moevlm.common.errors import UserError
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ExpertsBackend: TypeAlias = Literal["eager", "grouped_mm", "batched_mm"]
+_LONGEST_CAUSE = 300  # characters
 
 
 @dataclass(frozen=True)
@@ -126,12 +128,13 @@ def _explained(origin: Origin) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
-        first = str(error).strip().split("\n")[0]
+    except Exception as error:  # files of weights and checks of options raise classes of their own libraries
+        lines = " ".join(str(error).split("\n")[:2])
+        said = shorten(lines, _LONGEST_CAUSE, placeholder=" ...")  # of an unknown family all known ones are named
         is_remote = origin.path is not None and not Path(origin.path).exists()
         advice = (
             "; to fetch it from the hub, set local_files_only to false"
             if is_remote and origin.local_files_only and isinstance(error, OSError)
             else ""
         )
-        raise UserError(f"transformers cannot build the {what}: {type(error).__name__}: {first}{advice}") from error
+        raise UserError(f"transformers cannot build the {what}: {type(error).__name__}: {said}{advice}") from error

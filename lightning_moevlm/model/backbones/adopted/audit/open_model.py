@@ -41,8 +41,9 @@ def open_model(
     Raises:
         UserError: a model that cannot be built or adopted.
     """
-    known = dict((config or {}).get("text_config") or config or {}).get("vocab_size")
-    vocab_size = _RANDOM_IDS if known is None else max(1, int(known) - _IMAGE_IDS)
+    text = (config or {}).get("text_config", config)
+    known = text.get("vocab_size") if isinstance(text, dict) else None
+    vocab_size = max(1, known - _IMAGE_IDS) if isinstance(known, int) else _RANDOM_IDS
     whole = read_config(Origin(path, config, dtype, None, None, local_files_only, vocab_size))
     if path is not None:
         vocab_size = whole.get_text_config().vocab_size
