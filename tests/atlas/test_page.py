@@ -15,6 +15,7 @@ from safetensors.numpy import load_file
 
 from lightning_moevlm.atlas.gallery.top_tokens import TopPatch, TopTokens, TopWord
 from lightning_moevlm.atlas.make_atlas import Atlas, LayerAtlas
+from lightning_moevlm.atlas.page.sentences import describe
 from lightning_moevlm.atlas.page.write_atlas import HTML_FILE, JSON_FILE, TENSORS_FILE, write_atlas
 from lightning_moevlm.atlas.routing.confidence import Confidence, LayerConfidence
 from lightning_moevlm.atlas.routing.trace import TracedLayer
@@ -48,6 +49,19 @@ def test_records_and_tensors_agree(written: Path, planted: Atlas) -> None:
     assert all("apple" in each["word"] or each["word"] for each in first["words"])
     together = tensors[f"together/{layer['layer']}/{layer['layer']}"]
     assert np.count_nonzero(together - np.diag(np.diag(together))) == 0  # one expert a token
+
+
+def test_a_label_without_a_test_is_not_said_to_be_absent(planted: Atlas) -> None:
+    """Where each modality has experts of its own, no layer has two modalities."""
+    (layer,) = planted.of_layers
+    kept = [place for place, each in enumerate(layer.results) if each.label.name != "modality"]
+    results, adjusted = (tuple(of[place] for place in kept) for of in (layer.results, layer.adjusted))
+    apart = replace(planted, of_layers=(replace(layer, results=results, adjusted=adjusted),))
+    assert len(kept) == len(layer.results) - 1
+    *_, absent, untested = describe(apart)
+    assert absent.startswith("No expert is shown to be specialised by: ") and "modality" not in absent
+    assert untested == "Not tested, since no layer has tokens of two values: modality."
+    assert not any(line.startswith("Not tested") for line in describe(planted))
 
 
 def test_the_page_needs_nothing_and_runs_one_script(written: Path) -> None:

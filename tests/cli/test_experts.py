@@ -73,20 +73,25 @@ def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.Ca
         ([str(lonely)], "in the folder of no run"),
         (["observed", "--ckpt_path=first.ckpt"], "no checkpoint at first.ckpt"),
         (["observed", "--samples=0"], "samples is 0"),
+        (["observed", "--split=train", "--samples=7", "--remove=next"], "samples is 7: choose 8 or more of the split"),
+        (["observed", "--seed=-1"], "seed is -1: choose 0 or more"),
+        (["observed", "--others=['observed']"], "--others names observed, which is this run itself"),
+        (["observed", f"--json={tmp_path}"], "is a folder. Name a file."),
         (["observed", "--data=nowhere"], "no set of shards in nowhere"),
     ):
         assert main(["experts", *arguments]) == 2
         assert told in " ".join(capfd.readouterr().err.split())
 
 
-def test_parts_are_made_on_demand(run: Path) -> None:
-    asked = ("observed", "--split=train", "--remove=next", "--others=['observed']")
+def test_parts_are_made_on_demand(run: Path, tmp_path: Path) -> None:
+    twin = str(shutil.copytree(run, tmp_path / "twin"))
+    asked = ("observed", "--split=train", "--remove=next", f"--others=['{twin}']")
     assert main(["experts", *asked, *QUICK, "--out=parts"]) == 0
     written = json.loads(Path("parts/experts.json").read_text())
     needs, seeds = written["needs"], written["seeds"]
     assert needs["samples"] == 40 and len(needs["experts"]) == 2 * 4 and needs["groups"]["all samples"] == 40
     assert {each["routing"] for each in needs["layers"]} >= {"random experts", "hashed experts"}
-    assert all(place["agreement"] == 1 for place in seeds["observed"])
+    assert all(place["agreement"] == 1 for place in seeds[twin])
     page = Path("parts/experts.html").read_text()
     assert "What needs which expert?" in page and "Does it repeat?" in page and "When did it come about?" not in page
 

@@ -9,7 +9,7 @@ _NAMED = 3
 
 
 def describe(atlas: Atlas) -> tuple[str, ...]:
-    """Return the finding: how many experts serve something, the strongest of them, and the labels without any."""
+    """Return the finding: how many experts serve something, the strongest, labels without any, labels not tested."""
     experts = sum(each.layer.num_experts for each in atlas.of_layers)
     claims = [
         (claims[0], each.layer.layer, expert)
@@ -34,7 +34,11 @@ def describe(atlas: Atlas) -> tuple[str, ...]:
             f"{claim.high:.1f}."
         )
     named = {claim.label for each in atlas.of_layers for claims in each.claims for claim in claims}
-    rest = [titles[label.name] for label in atlas.labels if label.name not in named]
+    tested = {result.label.name for each in atlas.of_layers for result in each.results}
+    rest = [titles[label.name] for label in atlas.labels if label.name in tested - named]
     if rest:
-        lines.append(f"No expert is specialised by: {', '.join(rest)}.")
+        lines.append(f"No expert is shown to be specialised by: {', '.join(rest)}.")
+    untested = [titles[label.name] for label in atlas.labels if label.name not in tested]
+    if untested:
+        lines.append(f"Not tested, since no layer has tokens of two values: {', '.join(untested)}.")
     return tuple(lines)

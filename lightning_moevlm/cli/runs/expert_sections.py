@@ -38,7 +38,8 @@ def find_parts(
     """Find what the parts are made of, before the atlas is made.
 
     Raises:
-        UserError: a history of a checkpoint without a run or of fewer than two, or another run that is not there.
+        UserError: a history of a checkpoint without a run or of fewer than two, or another run that is not there or is
+            this one.
     """
     from lightning_moevlm.atlas.history.follow import refuse_short_course
     from lightning_moevlm.configuration.run_option import find_trained_model
@@ -51,6 +52,9 @@ def find_parts(
         checkpoints = find_checkpoints([found.folder / "checkpoints"])
         refuse_short_course([each.step for each in checkpoints])
     named = {name: find_trained_model(name, "last", None, tracking_uri) for name in others}
+    for name, other in named.items():
+        if other.checkpoint.resolve() == found.checkpoint.resolve():
+            raise UserError(f"--others names {name}, which is this run itself: give runs of other seeds")
     return Asked(removed_to, checkpoints, named)
 
 
@@ -136,5 +140,8 @@ def _seeds(
     for name, other in others.items():
         module = load_run(other.checkpoint, other.config).module
         objectives = (mine.objective, module.objective)
-        runs[name] = compare_runs(mine.backbone, module.backbone, objectives, probe, folder, batch_size)
+        try:
+            runs[name] = compare_runs(mine.backbone, module.backbone, objectives, probe, folder, batch_size)
+        except UserError as error:
+            raise UserError(f"--others {name}: {error}") from error
     return seeds_section(runs)

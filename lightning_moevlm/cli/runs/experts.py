@@ -56,6 +56,7 @@ def experts(
         json: Write one record per layer and label to this file as JSON instead of the table; - is standard output.
         tracking_uri: MLflow store of the run; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
     """
+    from lightning_moevlm.atlas.causal.effects import LEAST
     from lightning_moevlm.atlas.make_atlas import make_atlas
     from lightning_moevlm.atlas.page.sentences import describe
     from lightning_moevlm.atlas.page.write_atlas import HTML_FILE, JSON_FILE, TENSORS_FILE, write_atlas
@@ -66,6 +67,7 @@ def experts(
 
     check_number("draws", draws, least=19)
     check_number("batch_size", batch_size, least=1)
+    check_number("seed", seed, least=0)
     found = find_trained_model(run, ckpt_path, config_file, tracking_uri)
     asked = find_parts(found, remove, history, others or (), tracking_uri)
     folder = _folder(found) if out is None else Path(out)
@@ -74,6 +76,8 @@ def experts(
         check_writable_file(Path(json), "json")
     loaded = load_run(found.checkpoint, found.config)
     probe = ProbeSet(_data(loaded.resolved["data"], data), split, samples, seed)
+    if remove is not None:
+        check_number("samples", probe.num_samples, least=LEAST, advice=" of the split to test a removal")
     atlas = make_atlas(loaded.module.backbone, loaded.module.objective, probe, folder, draws, batch_size)
     about = {
         "run": _name(loaded.resolved, found),
