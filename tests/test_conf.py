@@ -1,5 +1,6 @@
 """Every shipped configuration parses, has the costs it claims, and trains a step."""
 
+import fnmatch
 import functools
 import json
 import re
@@ -159,7 +160,14 @@ def test_every_illness_changes_the_healthy_model_and_has_a_study_and_a_row(confi
     assert resolve(base, config) != resolve(base)
     studies = [study.read_text(encoding="utf-8") for study in (PROJECT / "ablations/cures").glob("*.yaml")]
     assert [f"base: [{base}]" in study for study in studies if f"illness: [{config}]" in study] == [True]
-    assert f"| `{Path(config).name}` | " in (PROJECT / "conf/illnesses/README.md").read_text(encoding="utf-8")
+    guide = (PROJECT / "conf/illnesses/README.md").read_text(encoding="utf-8")
+    (row,) = re.findall(rf"^\| `{Path(config).name}` \| .*$", guide, flags=re.MULTILINE)
+    sign = row.split(" | ")[4]
+    (study,) = (yaml.safe_load(each) for each in studies if f"illness: [{config}]" in each)
+    logged = study["design"]["cures"]["signs"]
+    for metric in re.findall(r"`([^`]+)`", sign):  # one sign in overlay, guide and study
+        assert metric in text
+        assert sign.startswith("none") or fnmatch.filter(logged, f"{metric}*")
 
 
 @pytest.mark.slow  # each is a run; the golden plans build them all

@@ -59,6 +59,7 @@ def test_the_burst_is_found_by_name_and_by_folder(at_work: Path) -> None:
     assert found[0]["step"] == PLANTED and found[0]["events"][0]["kind"] == "spike"
     assert found[0]["first_term"] and found[0]["moved"][0]["step"] == PLANTED
     assert found[0]["illnesses"][0]["name"] == "a bad batch"
+    assert "ablations/cures/noise_images.yaml" in found[0]["illnesses"][0]["cure_studies"]
     assert len(found[0]["keys"]["scenes"]) == 8
     assert records(str(at_work)) == found
     (file,) = (at_work / "recordings").glob("*.safetensors")
@@ -78,6 +79,7 @@ def test_the_text_names_what_moved_and_what_to_switch_on(at_work: Path, capfd: p
     shown = capfd.readouterr().out
     assert f"Step {PLANTED}: spike total loss" in shown
     assert "first term: " in shown and "a bad batch: " in shown and "switch on model.gradient.skip_spikes" in shown
+    assert "cures tried: ablations/cures/noise_images.yaml, ablations/cures/repeated_samples.yaml" in shown
 
 
 def test_the_recording_is_an_artifact_of_the_run(at_work: Path) -> None:

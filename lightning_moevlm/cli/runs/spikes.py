@@ -113,6 +113,7 @@ def _record(explanation: "Explanation", page: str | None, reason: str) -> dict[s
                 "evidence": each.evidence,
                 "switch_on": list(each.illness.switch_on),
                 "source": each.illness.source,
+                "cure_studies": [f"ablations/cures/{name}.yaml" for name in each.illness.overlays],
             }
             for each in explanation.diagnoses
         ],
@@ -148,5 +149,9 @@ def _text(explanation: "Explanation", record: Mapping[str, object]) -> "Renderab
     for number, found in enumerate(explanation.diagnoses, 1):
         lines.append(f"  {number}. {found.illness.name}: {found.evidence}")
         lines.append(f"     switch on {' or '.join(found.illness.switch_on)} ({found.illness.source})")
+        if found.illness.overlays:
+            lines.append(
+                "     cures tried: " + ", ".join(f"ablations/cures/{name}.yaml" for name in found.illness.overlays)
+            )
     lines.append(f"  samples: {record['page'] or record['no_page']}")
     return Text("\n".join(lines))

@@ -1,7 +1,9 @@
 """Illnesses of a training, by the signs that a recording shows: sign -> illness -> what to switch on.
 
 A sign is a rule on the quantities that moved before an event. It suggests an illness; a replay or a study proves it.
-A source is cited for what was read of it, in summaries or in full; others say so.
+A source is cited for what was read of it, in summaries or in full; others say so. A row names the overlays of
+conf/illnesses that plant its illness, so that measured cures can be found. An overlay that no row names leaves no sign
+in the steps before an event; the table in conf/illnesses/README.md has them all.
 """
 
 import math
@@ -43,6 +45,8 @@ class Illness:
     switch_on: tuple[str, ...]
     """Options that the literature names against it."""
     source: str
+    overlays: tuple[str, ...] = ()
+    """Names of files of conf/illnesses, and of the studies of their cures in ablations/cures."""
 
 
 class Diagnosis(NamedTuple):
@@ -149,6 +153,7 @@ ILLNESSES: tuple[Illness, ...] = (
         _return_of_a_source,
         ("data.sources.NAME.weight",),
         "the batches of the recording",
+        ("modality_drought",),
     ),
     Illness(
         "an expert that does not learn",
@@ -161,12 +166,14 @@ ILLNESSES: tuple[Illness, ...] = (
         _bad_batch,
         ("model.gradient.skip_spikes", "model.gradient.clip_norm"),
         "PaLM, arXiv 2204.02311: batches skipped; the data alone was not the cause",
+        ("noise_images", "repeated_samples", "shuffled_texts"),
     ),
     Illness(
         "jump of the learning rate",
         _grew("learning_rate"),
         ("model.schedule",),
         "the rate of the run, as on a wrong resume",
+        ("rate_jump",),
     ),
     Illness(
         "overflow of half precision",
@@ -183,12 +190,14 @@ ILLNESSES: tuple[Illness, ...] = (
             "model.actions.qk_clip",
         ),
         "arXiv 2309.14322; QK-clip: Kimi K2 report",
+        ("attention_logits",),
     ),
     Illness(
         "growth of router logits",
         _grew("router_logit"),
         ("model.losses.router_z", "model.precision.router=float32"),
         "ST-MoE, arXiv 2202.08906: 3 of 3 runs stable with z-loss, 4 of 6 without; Switch, arXiv 2101.03961",
+        ("router_logits", "router_rate"),
     ),
     Illness(
         "drift of output logits",
@@ -201,6 +210,7 @@ ILLNESSES: tuple[Illness, ...] = (
         _collapse,
         ("model.losses.load_balance", "router: SigmoidBiasRouter"),
         "arXiv 2408.15664; arXiv 1701.06538 (not read)",
+        ("expert_collapse",),
     ),
     Illness(
         "spike in the patch embedding",
@@ -225,6 +235,7 @@ ILLNESSES: tuple[Illness, ...] = (
         _no_warm_up,
         ("model.schedule=WarmupCosine", "a longer warmup"),
         "arXiv 2309.14322: longer warm-up lowers the sensitivity to the rate",
+        ("no_warmup",),
     ),
 )
 """In the order in which illnesses with signs in the same step are named."""

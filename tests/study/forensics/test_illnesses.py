@@ -1,10 +1,13 @@
 """Each sign is seen in a recording that shows it, and in no calm one."""
 
+import re
+
 import pytest
 
 from lightning_moevlm.study.forensics.explain import explain
 from lightning_moevlm.study.forensics.illnesses import ILLNESSES
 from lightning_moevlm.tracking.recordings.recording import Event, RecordedStep, Recording
+from tests.conftest import PROJECT
 
 LAYERS = ("backbone.patches", "backbone.blocks.0.attention", "backbone.blocks.1.ffn.text.experts")
 AT = 60
@@ -82,3 +85,12 @@ def test_each_row_names_an_option_and_a_source() -> None:
     for illness in ILLNESSES:
         assert illness.switch_on and illness.source, illness.name
     assert len({illness.name for illness in ILLNESSES}) == len(ILLNESSES) == 13
+
+
+def test_the_guide_of_overlays_has_the_name_of_each_as_a_recording_shows_it() -> None:
+    """The guide has every overlay (tests/test_conf.py), so a new one needs a row here or the mark of having none."""
+    guide = (PROJECT / "conf/illnesses/README.md").read_text(encoding="utf-8")
+    in_guide = dict(re.findall(r"^\| `(\w+)\.yaml` \|.*\| ([^|]+) \|$", guide, flags=re.MULTILINE))
+    here = {overlay: illness.name for illness in ILLNESSES for overlay in illness.overlays}
+    assert here == {overlay: name for overlay, name in in_guide.items() if name != "–"}
+    assert len(here) == sum(len(illness.overlays) for illness in ILLNESSES)
