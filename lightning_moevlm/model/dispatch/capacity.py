@@ -9,7 +9,9 @@ Pairs that stay when an expert is full:
   2.2);
 - "gate": first choices before second ones, then tokens with the larger best gate: batch-priority routing (V-MoE, arXiv
   2106.05974, section 4.1);
-- "probability": every pair by its own weight (Megatron-LM's drop policy "probs").
+- "probability": every pair by its own weight (Megatron-LM's drop policy "probs");
+- "token": earlier tokens before later ones, each with all its choices. No later token takes a place of an earlier one,
+  so causal models may use it with several experts per token.
 
 The factor after both roundings is larger than the nominal one. Plans carry it (`capacity_T`), and telemetry logs it.
 """
@@ -26,7 +28,7 @@ from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
 from lightning_moevlm.contracts.schedules import Ramp, value_at
 from lightning_moevlm.model.dispatch.capacity_rule import ByDropRate
 
-Priority = Literal["position", "gate", "probability"]
+Priority = Literal["position", "gate", "probability", "token"]
 
 
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class Capacity:
         eval_factor: null by default. With a limit, the output for a sample depends on the other samples of its batch or
             group. Can be swept without retraining.
         priority: pairs that stay when an expert is full: first choices and early tokens (position), large best gates
-            (gate) or large weights (probability).
+            (gate), large weights (probability), or early tokens with all their choices (token).
         group_size: number of samples that share places; null is the whole micro-batch.
         multiple_of: round places up to a multiple of this (V-MoE: 4).
 
@@ -86,7 +88,7 @@ class Capacity:
     @property
     def competes(self) -> bool:
         """True if later positions can take the place of earlier ones; causal models refuse it."""
-        return self.priority != "position"
+        return self.priority not in ("position", "token")
 
     @property
     def evaluation_limit(self) -> str | None:
@@ -199,6 +201,8 @@ def _order(plan: PairPlan, priority: Priority) -> Tensor:
         return plan.weight_N.argsort(descending=True, stable=True)
     if priority == "position":
         return torch.arange(plan.token_N.shape[0], device=plan.token_N.device)
+    if priority == "token":
+        return plan.token_N.argsort(stable=True)
     gate_N = torch.where(plan.kept_N, plan.weight_N.detach(), -torch.inf)
     best_T = gate_N.new_full((plan.num_tokens,), -torch.inf).scatter_reduce_(0, plan.token_N, gate_N, "amax")
     by_gate_N = best_T[plan.token_N].argsort(descending=True, stable=True)

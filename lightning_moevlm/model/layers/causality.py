@@ -48,7 +48,7 @@ def _check_capacity(layer: Mixture) -> None:
     if capacity.competes:
         raise UserError(
             f"a causal model cannot use capacity priority {capacity.priority}: a later token with a larger gate would "
-            "take the place of an earlier one; set capacity.priority to position, or capacity to null (dropless)"
+            "take the place of an earlier one; set capacity.priority to token, or capacity to null (dropless)"
         )
     if layer.free is not None:
         raise UserError(
@@ -61,9 +61,9 @@ def _check_capacity(layer: Mixture) -> None:
             "experts differs between its tokens, so the places of early ones depend on later ones; set capacity to "
             "null (dropless), or use a router with a fixed number of experts per token, such as TopKRouter"
         )
-    if top_k > 1:
+    if top_k > 1 and capacity.priority != "token":
         raise UserError(
             f"a causal model cannot limit capacity with {top_k:g} experts per token: every first choice is served "
-            "before any second one, so a later token would take the place of an earlier one; set capacity to null "
-            "(dropless), or top_k to 1"
+            "before any second one, so a later token would take the place of an earlier one; set capacity.priority to "
+            "token, capacity to null (dropless), or top_k to 1"
         )

@@ -105,6 +105,11 @@ def test_causal_outputs_do_not_know_later_words(name: str, switch: str, options:
     refuse_later_words(CAUSAL[name](causal=True, stabilisers=SWITCHES[switch], **options))
 
 
+@each_causal_backbone
+def test_places_by_token_are_causal_with_several_experts(name: str) -> None:
+    refuse_later_words(CAUSAL[name](causal=True, capacity=Capacity(0.7, 0.7, "token"), top_k=2))
+
+
 @pytest.mark.parametrize("name", ["LIMoE", "MoEDecoder"])
 def test_more_experts_for_rare_patches_are_causal(name: str) -> None:
     refuse_later_words(CAUSAL[name](causal=True, router=LongTailRouter))
@@ -177,7 +182,8 @@ def test_a_causal_model_refuses_what_looks_ahead(name: str, options: dict[str, o
     with pytest.raises(UserError, match=message):
         BACKBONES[name](causal=True, **options)
     BACKBONES[name](**options)  # bidirectional models may
-    BACKBONES[name](causal=True, **({"capacity": Capacity(None, None), "top_k": 2} if "top_k" in options else {}))
+    for allowed in (Capacity(None, None), Capacity(priority="token")):
+        BACKBONES[name](causal=True, **({"capacity": allowed, "top_k": 2} if "top_k" in options else {}))
 
 
 def test_one_mixture_serves_both_modalities_of_limoe() -> None:

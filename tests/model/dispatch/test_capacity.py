@@ -61,6 +61,8 @@ def test_first_choices_come_before_second_ones() -> None:
     # two tokens, k = 2, choice-major: (t0 -> 0), (t1 -> 1), (t0 -> 1), (t1 -> 0). factor 0.5: capacity 1 each.
     plan = plan_of([0, 1, 1, 0], [0.6, 0.6, 0.4, 0.4])._replace(token_N=torch.tensor([0, 1, 0, 1]))
     assert limited(plan, 0.5).kept_N.tolist() == [True, True, False, False]
+    # by token the first one gets both of its experts, and the second one, which comes later, none
+    assert limited(plan, 0.5, "token").kept_N.tolist() == [True, False, True, False]
 
 
 def test_only_kept_changes() -> None:
@@ -147,6 +149,7 @@ def test_values_out_of_range_are_refused(options: dict[str, object], text: str) 
 
 def test_priorities_that_displace_earlier_positions() -> None:
     assert [Capacity(priority=each).competes for each in ("position", "gate", "probability")] == [False, True, True]
+    assert not Capacity(priority="token").competes
 
 
 def kept(plan: PairPlan, capacity: Capacity) -> list[int]:

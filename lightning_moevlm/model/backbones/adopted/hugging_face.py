@@ -42,6 +42,7 @@ from lightning_moevlm.model.backbones.adopted.upcycling.dense import block_of
 from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense, dense_again, upcycle_dense
 from lightning_moevlm.model.backbones.backbone import Backbone, BackboneOutput, BackboneSpec
 from lightning_moevlm.model.backbones.past import Past
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.layers import check_causal, count_parameters
 from lightning_moevlm.model.routers import Router
 
@@ -64,6 +65,10 @@ class HuggingFaceModel(Backbone):
         bias_rate: u of loss-free balancing by the model's own e_score_correction_bias, 1e-3 in the papers; null leaves
             the bias as it is, as transformers does.
         frozen: parts that are not trained: vision, connector, language, routers, all_but_routers.
+        capacity: places of experts, whichever router chooses them; null is dropless, as transformers is. With several
+            experts per token it needs `priority: token`.
+        dispatcher: ours in place of the experts' back-end of transformers; null takes `experts_backend`, and
+            AutoDispatcher for upcycled experts.
         upcycle: makes experts of the feed-forwards of a dense model; null takes a model that has experts.
         lora: trains adapters and, by default, routers, and nothing else; null trains everything that is not frozen.
         gradient_checkpointing: layers run again in the backward pass, which needs less memory.
@@ -91,6 +96,8 @@ class HuggingFaceModel(Backbone):
         experts_backend: ExpertsBackend | None = None,
         router: Callable[[int, int], Router] | None = None,
         bias_rate: float | None = None,
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
         upcycle: UpcycleDense | None = None,
         frozen: tuple[Part, ...] = (),
         lora: LoRA | None = None,
@@ -98,6 +105,11 @@ class HuggingFaceModel(Backbone):
         local_files_only: bool = True,
     ) -> None:
         super().__init__()
+        if dispatcher is not None and experts_backend is not None:
+            raise UserError(
+                "model.backbone.dispatcher and model.backbone.experts_backend both say how experts run: set one of "
+                "them to null"
+            )
         origin = Origin(path, config, dtype, attention, experts_backend, local_files_only, vocab_size)
         self.model = build(origin)
         self._is_loaded = path is not None
@@ -117,9 +129,9 @@ class HuggingFaceModel(Backbone):
         self.spec = BackboneSpec(dim, image_size, patch_size, ids, max_text_len, predicts_text=True)
         self.current = CurrentPass()
         layers: Mapping[str, AdoptedMoE | UpcycledMoE] = (
-            adopt(self.model, self.current, router, bias_rate)
+            adopt(self.model, self.current, router, bias_rate, capacity, dispatcher)
             if upcycle is None
-            else upcycle_dense(self.model, self.current, upcycle, router, bias_rate, lora)
+            else upcycle_dense(self.model, self.current, upcycle, router, bias_rate, lora, capacity, dispatcher)
         )
         for place, layer in layers.items():
             layer.path = f"model.{place}"

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirRouter
+from lightning_moevlm.model.backbones.adopted.routing.our_dispatch import OurDispatch, give_back
 from lightning_moevlm.model.backbones.adopted.routing.replace import biases_of, compare, like_rows
 from lightning_moevlm.model.backbones.adopted.routing.seam import ask
 
@@ -40,6 +41,8 @@ def give_back_routers(model: nn.Module) -> None:
     theirs = {path: _router_of(model, path, layer) for path, layer in layers.items()}
     for path, router in theirs.items():
         model.set_submodule(path, router)
+    if any(isinstance(layer.dispatcher, OurDispatch) for layer in layers.values()):
+        give_back(model)
 
 
 @torch.no_grad()

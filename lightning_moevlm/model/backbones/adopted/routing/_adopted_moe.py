@@ -4,7 +4,7 @@
     here:         hidden -> [ plan of their router, or of one of ours ] -> the same triple
 
 Experts, shared experts and residual stay theirs. The weights and indices that their experts get are read from the plan,
-so whatever changes the plan changes the model.
+so whatever changes the plan changes the model. A choice over the capacity weighs 0.
 """
 
 from collections.abc import Mapping
@@ -18,9 +18,10 @@ from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirBiasRouter, TheirRouter
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, spread
+from lightning_moevlm.model.backbones.adopted.routing.our_dispatch import OurDispatch
 from lightning_moevlm.model.backbones.adopted.routing.replace import Replacement
 from lightning_moevlm.model.backbones.adopted.routing.seam import Gate
-from lightning_moevlm.model.dispatch import DispatchRecord
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher, DispatchRecord, apply_capacity
 from lightning_moevlm.model.experts import ExpertWeights
 from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.layers.feed_forward.feed_forward import RoutedPlan
@@ -39,6 +40,11 @@ class AdoptedMoE(Mixture):
         modality: of the only tokens that the block may get without the others.
         replacement: one of ours in place of theirs.
         bias_rate: moves the bias of theirs, see `TheirBiasRouter`.
+        capacity: of experts; None is dropless.
+        dispatcher: runs their experts, see `our_dispatch.take_over`; None leaves them to transformers.
+
+    Raises:
+        UserError: a dispatcher that could not serve the capacity.
     """
 
     keeps_weights = True  # see `initialise`
@@ -52,6 +58,8 @@ class AdoptedMoE(Mixture):
         modality: Modality | None = None,
         replacement: Replacement | None = None,
         bias_rate: float | None = None,
+        capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self.dim, self.num_experts = gate.dim, gate.num_experts
@@ -61,8 +69,12 @@ class AdoptedMoE(Mixture):
             self.router = TheirRouter(theirs, gate) if bias_rate is None else TheirBiasRouter(theirs, gate, bias_rate)
         self.factor = 1.0 if replacement is None else replacement.factor
         self.experts = TheirExperts(experts, gate)
-        self.dispatcher = TheirDispatch(experts, replacement)
-        self.capacity = self.factor_in_force = self.choose = None
+        note = "" if replacement is None else _describe(replacement)
+        if dispatcher is not None:
+            dispatcher.check(capacity)
+        self.dispatcher = TheirDispatch(experts, note) if dispatcher is None else OurDispatch(dispatcher, note)
+        self.capacity = capacity
+        self.factor_in_force = self.choose = None
         self.free = self.shared = self.hidden_norm = self.shared_hidden_norm = None
         self.path = ""
         self.replaced: tuple[nn.Module, ...] = ()  # in a tuple: not a part any more
@@ -86,12 +98,14 @@ class AdoptedMoE(Mixture):
                 )
             plan = self.router(places.inputs, hidden, more, named)
             made, results = self.router.take_last()
-            triple = Triple(results if plan is made else self._replace(plan, results))
         else:
-            plan = self._route(places.inputs)
-            triple = _answer(plan, hidden.dtype)
+            plan, made, results = self._route(places.inputs), None, ()
         tokens = self.current.tokens
         whole = plan if places.index_T is None else spread(plan, places.index_T, tokens)
+        if self.capacity is not None:  # groups are of whole sequences
+            whole = apply_capacity(whole, self.capacity, self.training, self.factor_in_force)
+            plan = plan._replace(kept_N=whole.kept_N)
+        triple = Triple(results if plan is made else self._replace(plan, results)) if results else _answer(plan, hidden)
         modalities = tokens.modalities if self.modality is None or places.index_T is None else (self.modality,)
         routed = RoutedPlan(self.path, modalities, whole)
         self.current.record(routed)
@@ -110,7 +124,7 @@ class AdoptedMoE(Mixture):
     def _replace(self, plan: PairPlan, results: tuple[Tensor, ...]) -> list[Tensor]:
         """Return their results with weights and indices of another plan, which a hook has made of their router's."""
         answer = list(results)
-        weight_TK = plan.weight_N.view(-1, plan.num_tokens).t()
+        weight_TK = _used_weights(plan)
         for place, values_TK in ((self.order.indices, list_choices(plan)), (self.order.weights, weight_TK)):
             like = results[place]
             answer[place] = values_TK.to(like.dtype).reshape(like.shape)
@@ -133,14 +147,24 @@ class AdoptedMoE(Mixture):
         )
 
 
-def _answer(plan: PairPlan, dtype: torch.dtype) -> "Triple":
-    """Return what a block expects of its router, from a plan of ours.
+def _answer(plan: PairPlan, hidden: Tensor) -> "Triple":
+    """Return what a block expects of its router, from a plan of ours."""
+    weight_TK = _used_weights(plan).to(hidden.dtype).contiguous()
+    return Triple((plan.logits_TE, weight_TK, list_choices(plan).contiguous()))
 
-    Choices that the plan does not use weigh 0. Padding runs as it does in their model, so that nothing differs.
+
+def _used_weights(plan: PairPlan) -> Tensor:
+    """Return the weights of each token, (T, K); 0 for choices that are not used or over the capacity.
+
+    Padding runs as it does in their model, so that nothing differs.
     """
-    used_N = plan.chosen_N | ~plan.valid_T[plan.token_N]
-    weight_TK = torch.where(used_N, plan.weight_N, 0.0).view(-1, plan.num_tokens).t()
-    return Triple((plan.logits_TE, weight_TK.to(dtype).contiguous(), list_choices(plan).contiguous()))
+    used_N = plan.kept_N | ~plan.valid_T[plan.token_N]
+    return torch.where(used_N, plan.weight_N, 0.0).view(-1, plan.num_tokens).t()
+
+
+def _describe(replacement: Replacement) -> str:
+    origin = "with the model's weights" if replacement.carries else "from new weights"
+    return f", {type(replacement.router).__name__} {origin}"
 
 
 class Triple(tuple):
@@ -187,15 +211,12 @@ class TheirDispatch(DispatchRecord):
 
     Args:
         theirs: the experts.
-        replacement: of the router.
+        router: note on the router.
     """
 
-    def __init__(self, theirs: nn.Module, replacement: Replacement | None) -> None:
+    def __init__(self, theirs: nn.Module, router: str) -> None:
         self._theirs = (theirs,)
-        self._router = ""
-        if replacement is not None:
-            origin = "with the model's weights" if replacement.carries else "from new weights"
-            self._router = f", {type(replacement.router).__name__} {origin}"
+        self._router = router
 
     def record(self) -> str:
         """Return the back-end of the configuration."""

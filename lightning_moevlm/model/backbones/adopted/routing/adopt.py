@@ -1,5 +1,6 @@
 """Puts our layers where a transformers model has its routers, and takes them out again."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -8,8 +9,10 @@ from torch import nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.routing.our_dispatch import take_over
 from lightning_moevlm.model.backbones.adopted.routing.replace import carry, replace_router
 from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
+from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.routers import Router
 
 
@@ -18,6 +21,8 @@ def adopt(
     current: CurrentPass,
     router: Callable[[int, int], Router] | None = None,
     bias_rate: float | None = None,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> dict[str, AdoptedMoE]:
     """Adopt every mixture of a model, in place.
 
@@ -26,12 +31,15 @@ def adopt(
         current: the pass that its layers will run in.
         router: factory (dim, num_experts) -> one of ours in place of each of theirs; None keeps theirs.
         bias_rate: of their own balancing bias; None leaves it alone.
+        capacity: of experts, whichever router chooses them; None is dropless.
+        dispatcher: of ours, which runs their experts; None leaves them to transformers.
 
     Returns:
         The layers by their path in the model.
 
     Raises:
-        UserError: the model has no mixture that can be adopted, or one that cannot.
+        UserError: the model has no mixture that can be adopted, or one that cannot, or experts that the dispatcher
+            cannot run.
     """
     if router is not None and bias_rate is not None:
         raise UserError(
@@ -58,7 +66,17 @@ def adopt(
         theirs, experts = getattr(block, seam.name), block.experts
         assert isinstance(theirs, nn.Module) and isinstance(experts, nn.Module)
         replacement = None if router is None else replace_router(theirs, seam, block, router)
-        layer = AdoptedMoE(theirs, seam.gate, experts, current, seam.modality, replacement, bias_rate)
+        layer = AdoptedMoE(
+            theirs,
+            seam.gate,
+            experts,
+            current,
+            seam.modality,
+            replacement,
+            bias_rate,
+            capacity,
+            copy.deepcopy(dispatcher),  # it remembers the cases of its layer
+        )
         if replacement is not None:
             layer.replaced = (theirs,)
             if replacement.carries:
@@ -66,6 +84,8 @@ def adopt(
         layer.train(theirs.training)
         setattr(block, seam.name, layer)
         layers[f"{seam.path}.{seam.name}" if seam.path else seam.name] = layer
+    if dispatcher is not None:
+        take_over(model, layers)
     return layers
 
 

@@ -119,17 +119,17 @@ class _Again:
 def spread(plan: PairPlan, index_T: Tensor, tokens: Tokens) -> PairPlan:
     """Return a plan of some tokens as one of the whole sequences, in which the others are padding."""
     modality_T = tokens.modality_BS.reshape(-1)
-    num_tokens = len(modality_T)
-    logits_TE, probs_TE = (
-        values_TE.new_zeros(num_tokens, values_TE.shape[1]).index_copy(0, index_T, values_TE)
-        for values_TE in (plan.logits_TE, plan.probs_TE)
-    )
-    valid_T = plan.valid_T.new_zeros(num_tokens).index_copy(0, index_T, plan.valid_T)
+
+    def whole(values: Tensor) -> Tensor:
+        return values.new_zeros(len(modality_T), *values.shape[1:]).index_copy(0, index_T, values)
+
     return plan._replace(
         token_N=index_T[plan.token_N],
-        logits_TE=logits_TE,
-        probs_TE=probs_TE,
+        logits_TE=whole(plan.logits_TE),
+        probs_TE=whole(plan.probs_TE),
         modality_T=modality_T,
-        valid_T=valid_T,
+        valid_T=whole(plan.valid_T),
         num_sequences=len(tokens.valid_BS),
+        noise_std_TE=None if plan.noise_std_TE is None else whole(plan.noise_std_TE),
+        noisy_logits_TE=None if plan.noisy_logits_TE is None else whole(plan.noisy_logits_TE),
     )

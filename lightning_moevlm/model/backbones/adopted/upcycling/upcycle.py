@@ -37,8 +37,6 @@ class UpcycleDense(Upcycle):
         granularity: G: slices of F / G hidden units stand for each copy of a feed-forward; 1 takes it whole.
         moe_every: every n-th block gets a mixture.
         moe_placement: which blocks; null follows `moe_every`.
-        capacity: factors and priority of places; null is dropless.
-        dispatcher: the way to run a plan; null is AutoDispatcher.
 
     Raises:
         UserError: a number out of range.
@@ -49,8 +47,6 @@ class UpcycleDense(Upcycle):
     granularity: int = 1
     moe_every: int = 1
     moe_placement: Placement = None
-    capacity: Capacity | None = None
-    dispatcher: Dispatcher | None = None
 
     def __post_init__(self) -> None:
         """Check ranges."""
@@ -66,6 +62,8 @@ def upcycle_dense(
     router: Callable[[int, int], Router] | None,
     bias_rate: float | None,
     lora: LoRA | None = None,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
 ) -> dict[str, UpcycledMoE]:
     """Replace the feed-forwards of a model in some of its blocks, in place.
 
@@ -76,6 +74,8 @@ def upcycle_dense(
         router: factory (dim, num_experts) -> Router; None is TopKRouter.
         bias_rate: must be None; it moves a bias that upcycled models do not have.
         lora: adapters that will be added.
+        capacity: of experts; None is dropless.
+        dispatcher: None is AutoDispatcher.
 
     Returns:
         The mixtures by their path in the model.
@@ -123,8 +123,8 @@ def upcycle_dense(
                 options.granularity,
                 router,
                 options,
-                options.capacity,
-                copy.deepcopy(options.dispatcher),  # it remembers the cases of its layer
+                capacity,
+                copy.deepcopy(dispatcher),  # it remembers the cases of its layer
             )
             layer.train(theirs.training)
             model.set_submodule(dense.path, layer)

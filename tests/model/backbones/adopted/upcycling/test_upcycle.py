@@ -182,8 +182,8 @@ def test_adapters_are_trained_beside_experts() -> None:
 
 
 def test_capacity_and_dispatcher_are_ours() -> None:
-    options = UpcycleDense(num_experts=4, top_k=1, capacity=Capacity(train_factor=0.5), dispatcher=LoopDispatcher())
-    model = small_upcycled("llama", options)
+    options = UpcycleDense(num_experts=4, top_k=1)
+    model = small_upcycled("llama", options, capacity=Capacity(train_factor=0.5), dispatcher=LoopDispatcher())
     plan = model(None, *BATCH[1:3]).plans[0].plan
     assert isinstance(plan, PairPlan)
     assert int(plan.kept_N.sum()) < int(plan.chosen_N.sum())
