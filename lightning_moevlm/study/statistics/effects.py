@@ -34,6 +34,7 @@ from lightning_moevlm.study.statistics.intervals import (
     interval_of,
     is_constant,
     t_interval,
+    wider,
 )
 from lightning_moevlm.study.statistics.outcomes.survival import find_jump, is_within_jump
 from lightning_moevlm.study.statistics.paired_tests import (
@@ -171,6 +172,7 @@ def compare_paired(
     p_value = two_sided_p(rule.test, differences) if differences else None
     outside = None if rule.within is None or not differences else p_outside(rule.test, differences, rule.within)
     sign = -1.0 if rule.direction == "lower" else 1.0
+    t, bootstrap = t_interval(differences, rule.alpha), bootstrap_interval(differences, rule.alpha)
     return judge_alone(
         Effect(
             seeds=tuple(paired),
@@ -186,9 +188,9 @@ def compare_paired(
             survivors_interval=t_interval(survivors, rule.alpha),
             mean=float(np.mean(differences)) if differences else None,
             centre=centre_of(rule.test, differences),
-            bootstrap=bootstrap_interval(differences, rule.alpha),
-            t=t_interval(differences, rule.alpha),
-            interval=interval_of(rule.test, differences, rule.alpha),
+            bootstrap=bootstrap,
+            t=t,
+            interval=wider(t, bootstrap) if rule.test == "t" else interval_of(rule.test, differences, rule.alpha),
             p_t=paired_p(differences),
             p_sign=two_sided_p("sign", differences) if allowed else None,
             p_wilcoxon=two_sided_p("wilcoxon", differences) if allowed else None,

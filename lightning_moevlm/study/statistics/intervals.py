@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from lightning_moevlm.study.declare.comparison import Test
 
@@ -47,8 +47,12 @@ def interval_of(test: Test, differences: tuple[float, ...], alpha: float) -> Int
         return wilcoxon_interval(differences, alpha)
     if test == "sign":
         return sign_interval(differences, alpha)
-    both = (t_interval(differences, alpha), bootstrap_interval(differences, alpha))
-    return max((i for i in both if i is not None), key=lambda i: i.width, default=None)
+    return wider(t_interval(differences, alpha), bootstrap_interval(differences, alpha))
+
+
+def wider(*intervals: Interval | None) -> Interval | None:
+    """Return the widest of the intervals that there are, the first of equal ones; None if there is none."""
+    return max((one for one in intervals if one is not None), key=lambda one: one.width, default=None)
 
 
 def centre_of(test: Test, differences: tuple[float, ...]) -> float | None:
@@ -68,7 +72,7 @@ def t_interval(differences: tuple[float, ...], alpha: float) -> Interval | None:
     if is_constant(differences):
         return Interval(differences[0], differences[0], "t")
     mean, deviation = float(np.mean(differences)), float(np.std(differences, ddof=1))
-    half = float(stats.t.ppf(1 - alpha / 2, n - 1)) * deviation / math.sqrt(n)
+    half = float(special.stdtrit(n - 1, 1 - alpha / 2)) * deviation / math.sqrt(n)
     return Interval(mean - half, mean + half, "t")
 
 

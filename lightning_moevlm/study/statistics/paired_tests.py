@@ -11,9 +11,10 @@ sorted p values p_(1) <= ... <= p_(m) the adjusted ones are max_{j <= i} min(1, 
 
 import math
 from collections.abc import Mapping
+from functools import cache
 
 import numpy as np
-from scipy import stats
+from scipy import special, stats
 
 from lightning_moevlm.study.declare.comparison import Test
 from lightning_moevlm.study.statistics.intervals import is_constant, sign_patterns
@@ -34,7 +35,7 @@ def two_sided_p(test: Test, differences: tuple[float, ...]) -> float | None:
 def paired_p(differences: tuple[float, ...]) -> float | None:
     """Return the p of the two-sided paired t-test; None if n < 2 or nothing varies."""
     statistic = _t(differences)
-    return None if statistic is None else float(2 * stats.t.sf(abs(statistic), len(differences) - 1))
+    return None if statistic is None else float(2 * special.stdtr(len(differences) - 1, -abs(statistic)))
 
 
 def p_above(test: Test, differences: tuple[float, ...]) -> float | None:
@@ -42,7 +43,7 @@ def p_above(test: Test, differences: tuple[float, ...]) -> float | None:
     n = len(differences)
     if test == "t":
         statistic = _t(differences)
-        return None if statistic is None else float(stats.t.sf(statistic, n - 1))
+        return None if statistic is None else float(special.stdtr(n - 1, -statistic))
     kept = np.asarray([d for d in differences if d != 0])  # a seed without a difference has no sign
     if not kept.size:
         return None
@@ -104,6 +105,7 @@ def mcnemar_p(better: int, worse: int) -> float:
     return float(stats.binomtest(better, better + worse).pvalue) if better + worse else 1.0
 
 
+@cache
 def chance_p(mine: int, theirs: int, n: int) -> float:
     """Return the two-sided p of two counts of failed runs out of n each, if all runs fail at one rate, by chance.
 

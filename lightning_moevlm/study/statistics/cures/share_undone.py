@@ -13,7 +13,7 @@ import math
 from collections.abc import Sequence
 
 import numpy as np
-from scipy import stats
+from scipy import special
 
 from lightning_moevlm.study.statistics.intervals import Interval, is_constant
 
@@ -38,7 +38,7 @@ def fieller_interval(damage: Sequence[float], undone: Sequence[float], alpha: fl
         share = math.fsum(undone) / math.fsum(damage)
         return Interval(share, share, "fieller")
     d, u = float(np.mean(damage)), float(np.mean(undone))
-    t_squared = float(stats.t.ppf(1 - alpha / 2, n - 1)) ** 2
+    t_squared = float(special.stdtrit(n - 1, 1 - alpha / 2)) ** 2
     (s_dd, s_ud), (_, s_uu) = np.cov(damage, undone) * (t_squared / n)
     a, b, c = d * d - float(s_dd), u * d - float(s_ud), u * u - float(s_uu)
     if a <= 0:
