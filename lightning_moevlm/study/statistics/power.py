@@ -11,7 +11,7 @@ from lightning_moevlm.study.statistics.paired_tests import chance_p
 _SPREAD_LEAST = 3  # a spread of two numbers is off by a factor of 2 every third time
 _MOST_SEEDS = 1_000
 _POWER = 0.8
-_NOISE = np.linspace(-8.0, 8.0, 801)
+_NOISE = np.linspace(-8.0, 8.0, 401)
 _WEIGHTS = np.exp(-(_NOISE**2) / 2) / math.sqrt(2 * math.pi) * (_NOISE[1] - _NOISE[0])
 
 
@@ -50,8 +50,8 @@ def seeds_against_chance(mine: int, theirs: int, n: int, alpha: float) -> int | 
 def power(size: float, n: int, alpha: float) -> float:
     """Return the power of a two-sided paired t-test. size: |mean| / standard deviation of the differences; n >= 2.
 
-    The statistic is (shift + z) / u, with z standard normal and u^2 = chi^2_{n-1} / (n - 1). So power = E[P(u < |shift +
-    z| / edge)], a sum over z that is right to 1e-5. SciPy's noncentral t gives NaN at large effects.
+    The statistic is (shift + z) / u, with z standard normal and u^2 = chi^2_{n-1} / (n - 1). So power = E[P(u < |shift
+    + z| / edge)], a sum over z that is right to 1e-5. SciPy's noncentral t gives NaN at large effects.
     """
     edge = special.stdtrit(n - 1, 1 - alpha / 2)
     shift = size * math.sqrt(n)

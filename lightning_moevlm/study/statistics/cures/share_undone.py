@@ -37,10 +37,10 @@ def fieller_interval(damage: Sequence[float], undone: Sequence[float], alpha: fl
     if is_constant(tuple(damage)) and is_constant(tuple(undone)):
         share = math.fsum(undone) / math.fsum(damage)
         return Interval(share, share, "fieller")
-    d, u = float(np.mean(damage)), float(np.mean(undone))
-    t_squared = float(special.stdtrit(n - 1, 1 - alpha / 2)) ** 2
-    (s_dd, s_ud), (_, s_uu) = np.cov(damage, undone) * (t_squared / n)
-    a, b, c = d * d - float(s_dd), u * d - float(s_ud), u * u - float(s_uu)
+    d, u = math.fsum(damage) / n, math.fsum(undone) / n
+    rest = np.array([damage, undone]) - [[d], [u]]
+    (s_dd, s_ud), (_, s_uu) = (rest @ rest.T * (special.stdtrit(n - 1, 1 - alpha / 2) ** 2 / (n - 1) / n)).tolist()
+    a, b, c = d * d - s_dd, u * d - s_ud, u * u - s_uu
     if a <= 0:
         return None
     half = math.sqrt(max(0.0, b * b - a * c))  # not negative but for rounding: the estimate itself fulfils it
