@@ -114,7 +114,7 @@ class PairPlan(NamedTuple):
         # no bincount: its output size would be read from the device
         zero = torch.zeros(num_groups * self.num_experts, dtype=torch.int64, device=self.expert_N.device)
         cell_N = self.expert_N if group_T is None else group_T[self.token_N] * self.num_experts + self.expert_N
-        return zero.index_add(0, cell_N, pair_N.to(torch.int64)).view(num_groups, self.num_experts)
+        return zero.index_add_(0, cell_N, pair_N.to(torch.int64)).view(num_groups, self.num_experts)
 
 
 class MixPlan(NamedTuple):

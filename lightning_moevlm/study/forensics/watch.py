@@ -12,7 +12,7 @@ of one modality have other losses than pairs, so they have a past of their own.
 """
 
 import math
-from collections import Counter, defaultdict, deque
+from collections import defaultdict, deque
 from typing import NamedTuple
 
 from lightning_moevlm.study.forensics.deviation import find_level, robust_score
@@ -69,7 +69,7 @@ class Watch:
     def __init__(self, threshold: float | None) -> None:
         self._threshold = threshold
         self._past = defaultdict[tuple[str, ...], _Past](_Past)
-        self._still = defaultdict[str, int](int)  # steps without an update, by quantity
+        self._still: dict[str, int] = {}  # steps without an update, by quantity
         self._before = frozenset[str]()  # kinds that the step before had
 
     def judge(self, step: RecordedStep) -> Judgement:
@@ -97,22 +97,21 @@ class Watch:
 
     def _find_frozen(self, step: RecordedStep) -> list[Event]:
         """Return an event that names the experts that have been still for long enough."""
-        updates = {name: value for name, value in step.values.items() if name.startswith("expert_update/")}
-        num_experts = Counter(name.rpartition("/")[0] for name in updates)
-        for name, value in updates.items():
-            is_still = value < _STILL and _find_share(step, name) * num_experts[name.rpartition("/")[0]] >= _FED
-            self._still[name] = self._still[name] + 1 if is_still else 0
+        still = [name for name, value in step.values.items() if value < _STILL and name.startswith("expert_update/")]
+        unknown = {name: steps for name, steps in self._still.items() if name not in step.values}
+        self._still = unknown | {name: self._still.get(name, 0) + 1 for name in still if _is_fed(step, name)}
         frozen = [name.partition("/")[2] for name, steps in self._still.items() if steps >= STILL_STEPS]
         text = f"{', '.join(frozen)}: chosen by tokens and without an update for {STILL_STEPS} steps"
         return [Event(step.step, "frozen expert", text)] if frozen else []
 
 
-def _find_share(step: RecordedStep, update: str) -> float:
-    """Return the largest share of the chosen pairs that an expert has in a pass."""
+def _is_fed(step: RecordedStep, update: str) -> bool:
+    """Return whether an expert is chosen by enough pairs in one of its passes, measured by an equal share."""
     layer, expert = update.partition("/")[2].rsplit("/", 1)
+    num_experts = sum(name.startswith(f"expert_update/{layer}/") for name in step.values)
     shares = (
         value
         for name, value in step.values.items()
         if name.startswith(f"load/{layer}/") and name.endswith(f"/{expert}")
     )
-    return max(shares, default=0.0)
+    return max(shares, default=0.0) * num_experts >= _FED

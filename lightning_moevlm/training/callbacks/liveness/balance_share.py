@@ -9,8 +9,8 @@ keeps a similar ratio, of balance loss to language loss at the experts' mean pro
 
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.layers import Mixture
-from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.training.callbacks.liveness.loss_proofs import norm_of
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, gradients_of
 
 
 def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
@@ -20,18 +20,12 @@ def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
     if not terms:
         return {}
     layers = [layer for layer in module.backbone.modules() if isinstance(layer, Mixture)]
-    routers = {id(p) for layer in layers for p in layer.router.parameters()}
-    parameters = list(module.parameters())
-    # one after the other: of each gradient only norms are kept
-    norms = []
-    for value in (sum(terms[1:], terms[0]), rehearsal.report.total_loss):
-        gradients = gradients_of(value, parameters)
-        own = [g for p, g in zip(parameters, gradients, strict=True) if id(p) in routers]
-        norms.append({"router": norm_of(own), "all": norm_of(gradients)})
-        del gradients, own
-    balance, whole = norms
-    return {
-        metric_keys.BALANCE_GRADIENT_SHARE.key(weights=where): balance[where] / whole[where]
-        for where in ("router", "all")
-        if whole[where] > 0
-    }
+    routers = {p for layer in layers for p in layer.router.parameters()}
+    whole = rehearsal.total_gradient
+    balance = dict(zip(whole, gradients_of(sum(terms[1:], terms[0]), [*whole]), strict=True))
+    shares = {}
+    for where, parameters in (("router", routers), ("all", whole)):
+        of_balance, of_all = (norm_of(gradients[p] for p in parameters) for gradients in (balance, whole))
+        if of_all > 0:
+            shares[metric_keys.BALANCE_GRADIENT_SHARE.key(weights=where)] = of_balance / of_all
+    return shares

@@ -26,7 +26,7 @@ from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.losses import AdaptiveWeight, LossInput, PlanLoss
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal
+from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, gradients_of
 
 _ROUNDING = 1e-6
 _PUSHES = (0.0, 2.0, 8.0)  # on the logits of one expert, beside noise
@@ -34,9 +34,9 @@ _PUSHES = (0.0, 2.0, 8.0)  # on the logits of one expert, beside noise
 
 def loss_receipts(rehearsal: Rehearsal, optimizers: Sequence[Optimizer]) -> list[Receipt]:
     """Return the receipt of every enabled auxiliary loss."""
-    terms, whole = rehearsal.report.auxiliary, _WholeGradient(rehearsal.report.total_loss)
+    terms, rescaled = rehearsal.report.auxiliary, _Rescaled(rehearsal)
     names = rehearsal.module.losses.weights
-    return [_Proof(rehearsal, name, optimizers, whole).receipt(terms.get(name)) for name in names]
+    return [_Proof(rehearsal, name, optimizers, rescaled).receipt(terms.get(name)) for name in names]
 
 
 def find_trained_parameters(optimizers: Iterable[Optimizer]) -> set[nn.Parameter]:
@@ -45,42 +45,49 @@ def find_trained_parameters(optimizers: Iterable[Optimizer]) -> set[nn.Parameter
     return {p for group in groups if group.get("initial_lr", group["lr"]) > 0 for p in group["params"]}
 
 
-def gradients_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return the gradient on each parameter, None where the value does not depend on it; `.grad` stays as it is."""
-    wanted = [p for p in parameters if p.requires_grad]
-    if not value.requires_grad or not wanted:
-        return [None] * len(parameters)
-    found = iter(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True))
-    return [next(found) if p.requires_grad else None for p in parameters]
-
-
 def norm_of(gradients: Iterable[Tensor | None]) -> float:
     """Return their joint norm, in fp32; None counts as 0."""
     present = [gradient.float() for gradient in gradients if gradient is not None]
     return float(torch.linalg.vector_norm(torch.stack(torch._foreach_norm(present)))) if present else 0.0
 
 
-class _WholeGradient:
-    """The gradient of the total loss, computed once for all losses on the same weights."""
+class _Rescaled:
+    """The raw losses of the plans as they are, with every layer twice, and with doubled counts; without gradient.
 
-    def __init__(self, total_loss: Tensor) -> None:
-        self._total_loss = total_loss
-        self._known: dict[tuple[int, ...], list[Tensor | None]] = {}
+    Computed once for all losses, and once more without noise for those that draw it.
+    """
 
-    def on(self, parameters: Sequence[Tensor]) -> list[Tensor | None]:
-        """Return it on each parameter, None where the loss does not depend on it."""
-        key = tuple(map(id, parameters))
-        if key not in self._known:
-            self._known[key] = gradients_of(self._total_loss, parameters)
-        return self._known[key]
+    def __init__(self, rehearsal: Rehearsal) -> None:
+        self._rehearsal = rehearsal
+        self._known: dict[bool, list[dict[str, Term]]] = {}
+
+    def of(self, name: str, draws: bool) -> list[Tensor]:
+        """Return the three values of a loss."""
+        if draws not in self._known:
+            own = [inputs._replace(training=inputs.training and not draws) for inputs in self._rehearsal.inputs]
+            cases = (own, [*own, *own], [_double_counts(inputs) for inputs in own])
+            self._known[draws] = [self._terms(inputs) for inputs in cases]
+        return [terms[name].raw for terms in self._known[draws]]
+
+    def _terms(self, inputs: Sequence[LossInput]) -> dict[str, Term]:
+        with self._rehearsal.in_losses(), torch.no_grad():
+            return self._rehearsal.module.losses.terms(inputs, self._rehearsal.output.log_partitions)
+
+
+def _double_counts(inputs: LossInput) -> LossInput:
+    counts = inputs.counts
+    if counts is None:
+        return inputs
+    doubled = {name: 2 * getattr(counts, name) for name in ("chosen_AE", "kept_AE", "token_A")}
+    return inputs._replace(counts=counts._replace(**doubled))
 
 
 class _Proof:
     """Asks one loss."""
 
-    def __init__(self, rehearsal: Rehearsal, name: str, optimizers: Sequence[Optimizer], whole: _WholeGradient) -> None:
+    def __init__(self, rehearsal: Rehearsal, name: str, optimizers: Sequence[Optimizer], rescaled: _Rescaled) -> None:
         self.rehearsal = rehearsal
-        self.whole = whole
+        self.rescaled = rescaled
         self.module: VisionLanguageModule = rehearsal.module
         self.name = name
         loss = self.module.losses.enabled[name]
@@ -146,9 +153,9 @@ class _Proof:
         return self._changes(targets, weight, size)
 
     def _changes(self, gradients: list[Tensor | None], weight: float, size: float) -> Receipt:
-        whole = self.whole.on(self.moved)
         changed, total = 0, 0
-        for own, all_ in zip(gradients, whole, strict=True):
+        for own, parameter in zip(gradients, self.moved, strict=True):
+            all_ = self.rehearsal.total_gradient[parameter]
             if own is not None and all_ is not None:
                 rest = all_ - weight * own
                 changed += int((rest + weight * own != rest).sum())
@@ -195,31 +202,11 @@ class _Proof:
         """Return how the raw loss moves with layers or counts; None if it does not."""
         if not self.on_routing:
             return None
-        own = [inputs._replace(training=inputs.training and not self.draws) for inputs in self.rehearsal.inputs]
-        raw = self._value(own)
-        twice = [*own, *own]
-        counted = [
-            inputs
-            if inputs.counts is None
-            else inputs._replace(
-                counts=inputs.counts._replace(
-                    chosen_AE=2 * inputs.counts.chosen_AE,
-                    kept_AE=2 * inputs.counts.kept_AE,
-                    token_A=2 * inputs.counts.token_A,
-                )
-            )
-            for inputs in own
-        ]
+        raw, twice, counted = self.rescaled.of(self.name, self.draws)
         for change, other in (("every layer counted twice", twice), ("the counts of two equal ranks", counted)):
-            moved = self._value(other)
-            if not torch.allclose(moved, raw, rtol=1e-4, atol=1e-7):
-                return f"its scale moves: {change} turns {float(raw):.4g} into {float(moved):.4g}"
+            if not torch.allclose(other, raw, rtol=1e-4, atol=1e-7):
+                return f"its scale moves: {change} turns {float(raw):.4g} into {float(other):.4g}"
         return None
-
-    def _value(self, inputs: Sequence[LossInput]) -> Tensor:
-        """Return the raw loss of these inputs, without gradient."""
-        with self.rehearsal.in_losses(), torch.no_grad():
-            return self.module.losses.terms(inputs, self.rehearsal.output.log_partitions)[self.name].raw
 
     def _must_not_reach(self) -> list[nn.Parameter]:
         """Return the experts of the last sparse block; other weights may lie between a router and the inputs."""

@@ -6,8 +6,9 @@ hooks by which data-parallel training exchanges gradients.
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -82,6 +83,12 @@ class Rehearsal:
     def is_sound(self) -> Tensor:
         """Whether every term of the loss is finite: a bool scalar on the device."""
         return torch.stack([term.raw.detach().isfinite() for terms in self.report for term in terms.values()]).all()
+
+    @cached_property
+    def total_gradient(self) -> dict[Tensor, Tensor | None]:
+        """The gradient of the total loss on each parameter; None where the loss does not depend on it."""
+        parameters = list(self.module.parameters())
+        return dict(zip(parameters, gradients_of(self.report.total_loss, parameters), strict=True))
 
     @contextmanager
     def conditions(self) -> Iterator[None]:
@@ -191,6 +198,15 @@ def replace_attribute(owner: Any, attribute: str, value: object) -> Iterator[Non
 def _is_padding(argument: object) -> bool:
     """Return whether an argument is the layout of padding alone, which shows nothing of a layer."""
     return isinstance(argument, Layout) and not bool(argument.valid_BS.any())
+
+
+def gradients_of(value: Tensor, parameters: Sequence[Tensor]) -> list[Tensor | None]:
+    """Return the gradient on each parameter, None where the value does not depend on it; `.grad` stays as it is."""
+    wanted = [p for p in parameters if p.requires_grad]
+    if not value.requires_grad or not wanted:
+        return [None] * len(parameters)
+    found = iter(torch.autograd.grad(value, wanted, retain_graph=True, allow_unused=True))
+    return [next(found) if p.requires_grad else None for p in parameters]
 
 
 def difference(one: Tensor, other: Tensor) -> float:

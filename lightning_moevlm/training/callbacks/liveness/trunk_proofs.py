@@ -35,9 +35,14 @@ from lightning_moevlm.model.layers import (
     PatchEmbedding,
     gated_parts,
 )
-from lightning_moevlm.training.callbacks.liveness.loss_proofs import gradients_of, norm_of
+from lightning_moevlm.training.callbacks.liveness.loss_proofs import norm_of
 from lightning_moevlm.training.callbacks.liveness.receipt import Receipt, Switch
-from lightning_moevlm.training.callbacks.liveness.rehearsal import Rehearsal, difference, replace_attribute
+from lightning_moevlm.training.callbacks.liveness.rehearsal import (
+    Rehearsal,
+    difference,
+    gradients_of,
+    replace_attribute,
+)
 
 _NO_CAP = 1e4  # times the cap: tanh is the identity there up to rounding
 _TINY_CAP = 1e-3  # times the largest logit

@@ -58,14 +58,14 @@ class ExpertUpdates:
 
 def divide_by_median(values: Mapping[str, float]) -> dict[str, float]:
     """Return the values with the updates of experts as shares of their layer's median; without those of median 0."""
+    layers = {name: name.rpartition("/")[0] for name in values if name.startswith(f"{KIND}/")}
     of_layer: dict[str, list[float]] = {}
-    for name, value in values.items():
-        if name.startswith(f"{KIND}/"):
-            of_layer.setdefault(name.rpartition("/")[0], []).append(value)
+    for name, layer in layers.items():
+        of_layer.setdefault(layer, []).append(values[name])
     medians = {layer: statistics.median(found) for layer, found in of_layer.items()}
-    divided = {}
-    for name, value in values.items():
-        median = medians.get(name.rpartition("/")[0]) if name.startswith(f"{KIND}/") else 1.0
-        if median:
-            divided[name] = value / median
+    divided = dict(values)
+    for name, layer in layers.items():
+        value = divided.pop(name)
+        if medians[layer]:
+            divided[name] = value / medians[layer]
     return divided

@@ -3,6 +3,7 @@
 Losses and loads are added up over micro-batches, largest logits are compared.
 """
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,13 +79,12 @@ def _largest(
     plans: Sequence[NamedPlan], attention: Iterable[AttentionLogits], log_partitions: Mapping[str, Tensor]
 ) -> Values:
     found: dict[str, Tensor] = {}
-    for named in plans:
-        plan = named.plan
-        if plan.num_tokens:
-            logits_TE = torch.where(plan.valid_T.unsqueeze(-1), plan.logits_TE, 0.0)
-            _keep(found, f"router_logit/backbone.{named.layer}/{named.source}", logits_TE.abs().amax())
-    for logits in attention:
-        _keep(found, f"attention_logit/backbone.{logits.layer}/{logits.source}", logits.max_H.amax())
+    full = [named for named in plans if named.plan.num_tokens]
+    logits = [torch.where(named.plan.valid_T.unsqueeze(-1), named.plan.logits_TE, 0.0) for named in full]
+    for named, value in zip(full, torch._foreach_norm(logits, math.inf) if logits else (), strict=True):
+        _keep(found, f"router_logit/backbone.{named.layer}/{named.source}", value)
+    for one in attention:
+        _keep(found, f"attention_logit/backbone.{one.layer}/{one.source}", one.max_H.amax())
     for term, value_M in log_partitions.items():
         if value_M.numel():
             _keep(found, f"output_logit/{term}", value_M.abs().amax())
@@ -127,14 +127,10 @@ def _reduce(values: Tensor, how: str) -> Tensor:
     return values.amax(dim=0) if how == "amax" else values.sum(dim=0)
 
 
-def to_shares(values: dict[str, float]) -> dict[str, float]:
+def to_shares(values: Mapping[str, float]) -> dict[str, float]:
     """Divide the loads of each layer and pass by their sum."""
-    totals: dict[str, float] = {}
-    for name, value in values.items():
-        if name.startswith("load/"):
-            place = name.rpartition("/")[0]
-            totals[place] = totals.get(place, 0.0) + value
-    return {
-        name: value / max(totals.get(name.rpartition("/")[0], 1.0), 1e-20) if name.startswith("load/") else value
-        for name, value in values.items()
-    }
+    places = {name: name.rpartition("/")[0] for name in values if name.startswith("load/")}
+    totals = dict.fromkeys(places.values(), 0.0)
+    for name, place in places.items():
+        totals[place] += values[name]
+    return {**values, **{name: values[name] / max(totals[place], 1e-20) for name, place in places.items()}}
