@@ -175,10 +175,11 @@ class VisionLanguageModule(LightningModule):
         self.objective.spans_ranks = self.trainer.world_size > 1
         output, report = self.compute_losses(batch, self.global_step, self._measure_step(batch))
         self.backbone.measure_attention = self.objective.spans_ranks = False
-        refuse_unreached(report.differentiated, self.trainable)
+        loss = report.differentiated
+        refuse_unreached(loss, self.trainable)
         self._micro_losses.append(report.task_in_step.detach())
         return StepOutput(
-            loss=report.differentiated,
+            loss=loss,
             report=report.detach(),
             plans=tuple(plan.detach() for plan in output.plans),
             attention=output.attention,

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from lightning_moevlm.contracts.routing_plan import PairPlan
 from lightning_moevlm.contracts.step_records import AttentionLogits, LossReport, NamedPlan
 from lightning_moevlm.training import StepOutput
 
@@ -96,13 +97,26 @@ def _keep(found: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _loads(plans: Sequence[NamedPlan]) -> Values:
-    """Return the chosen pairs of each expert; shares are formed at the end of the step."""
-    counts: dict[str, Tensor] = {}
+    """Return the chosen pairs of each expert, all plans in one sum; shares are formed at the end of the step."""
+    first: dict[str, int] = {}  # place of each layer's and pass's first expert in the sum
+    names: list[str] = []
+    places: list[Tensor] = []
+    counted: list[Tensor] = []
     for named in plans:
-        place, count_E = f"backbone.{named.layer}/{named.source}", named.plan.chosen_loads()[0]
-        counts[place] = count_E if place not in counts else counts[place] + count_E
-    names = tuple(f"load/{place}/expert{e}" for place, count_E in counts.items() for e in range(len(count_E)))
-    return Values(names, torch.cat([*counts.values()]).float() if counts else torch.zeros(0))
+        plan, where = named.plan, f"backbone.{named.layer}/{named.source}"
+        if where not in first:
+            first[where] = len(names)
+            names += [f"load/{where}/expert{e}" for e in range(plan.num_experts)]
+        if isinstance(plan, PairPlan):
+            places.append(plan.expert_N + first[where])
+            counted.append(plan.chosen_N)
+        else:
+            places.append(torch.arange(plan.num_experts, device=plan.logits_TE.device) + first[where])
+            counted.append(plan.chosen_loads()[0])
+    if not plans:
+        return Values((), torch.zeros(0))
+    values_V = torch.zeros(len(names), device=places[0].device)
+    return Values(tuple(names), values_V.index_add_(0, torch.cat(places), torch.cat(counted).float()))
 
 
 def _stack(found: Mapping[str, Tensor]) -> Values:
