@@ -30,7 +30,7 @@ from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.configuration.lightning_notices import quiet_lightning
 from lightning_moevlm.configuration.messages.parse_errors import short_message
 from lightning_moevlm.configuration.messages.signatures import find_imported_class
-from lightning_moevlm.configuration.overlays import NamesMerger, move_values_to_files
+from lightning_moevlm.configuration.overlays import NamesMerger, move_values_to_files, sets_entry
 from lightning_moevlm.configuration.parsers import (
     DEFAULTS,
     PARSER_OPTIONS,
@@ -289,19 +289,18 @@ def _start(args: Sequence[str], command_line: type[CommandLine]) -> None:
 def _with_shipped_configs(args: Sequence[str], folder: Path) -> list[str]:
     words: list[str] = []
     merger = NamesMerger(folder)
-    for before, word in zip(("", *args), args, strict=False):
+    rest = list(args)
+    while rest:
+        word = rest.pop(0)
         flag, equals, value = word.partition("=")
-        if before in ("-c", "--config"):
-            word = value = str(find_config(Path(word)))
-        elif flag == "--config" and equals:
-            value = str(find_config(Path(value)))
-            word = f"--config={value}"
-        else:
+        is_config, is_entry = flag in ("-c", "--config"), flag.startswith("--") and sets_entry(flag.removeprefix("--"))
+        if not (is_config or is_entry) or not (equals or rest):
             words.append(word)
             continue
-        words.append(word)
-        for whole in merger.add_file(Path(value))[1:]:
-            words += ["-c", str(whole)]
+        value = value if equals else rest.pop(0)
+        files = merger.add_file(find_config(Path(value))) if is_config else merger.add_option(flag[2:], value)
+        for file in files:
+            words += ["-c", str(file)]
     return words
 
 

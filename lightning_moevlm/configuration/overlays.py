@@ -1,7 +1,8 @@
-"""Merges mappings of names, such as `data.sources`, entry by entry across configuration files.
+"""Merges mappings, such as `data.sources` and `model.backbone.config`, entry by entry across configuration files.
 
 jsonargparse alone keeps only the last file's mapping, so an arm that sets one weight would silently lose the other
-sources or losses. Values that the parser reads only in files are moved there from the command line.
+sources or losses, and one that sets a size of a model the others. Values that the parser reads only in files are moved
+there from the command line, as are entries of mappings that take any key.
 """
 
 import json
@@ -9,15 +10,23 @@ import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import yaml
+
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.yaml_text import read_yaml, write_yaml
 
 _REFERENCE = re.compile(r"\$\{[\w.]+\}")
 _JOINT = ("model", "objective", "init_args")
+_FREE = (("model", "backbone", "init_args", "config"), ("data", "chat", "options"))
+"""Mappings that take any key, which the parser cannot check."""
 _NAMED = (
     ("data", "sources"),
     ("model", "losses", "others"),
     *((*_JOINT, name) for name in ("parts", "weights", "sources")),
+    *_FREE,
 )
+_KINDS = ("class_path", "model_type")
+"""Entries that say what the others are of."""
 
 
 class NamesMerger:
@@ -41,7 +50,8 @@ class NamesMerger:
             *outer, last = path
             group = content
             for part in outer:
-                group = group.get(part) if isinstance(group, Mapping) else None
+                if isinstance(group, Mapping) and (part != "init_args" or part in group):  # it may be left out
+                    group = group.get(part)
                 if isinstance(group, Mapping) and "class_path" in group:
                     self._known[path] = {}  # a file that names the class gives all of its names
             if not isinstance(group, Mapping) or last not in group:
@@ -50,13 +60,38 @@ class NamesMerger:
             if not isinstance(named, Mapping):
                 self._known[path] = {}  # null removes all entries; the parser refuses other values
                 continue
-            merged = _over(self._known[path], named)
-            if self._known[path]:
+            known = self._known[path]
+            merged = _over(known, named) if _continues(known, named) else dict(named)
+            if merged != named:
                 whole = self._folder / f"{'.'.join(path)}{self._num_seen}.yaml"
                 whole.write_text(write_yaml(_nested(path, merged)), encoding="utf-8")
                 result.append(whole)
             self._known[path] = merged
         return result
+
+    def add_option(self, key: str, value: str) -> list[Path]:
+        """Return files in place of an option that `sets_entry`.
+
+        Raises:
+            UserError: a value that is not valid YAML.
+        """
+        try:
+            content = read_yaml(value)
+        except yaml.YAMLError as error:
+            raise UserError(f"--{key}: {value} is not a valid value; check brackets and quotes") from error
+        path = key.split(".")
+        if path[:2] == ["model", "backbone"] and path[2] != "init_args":
+            path.insert(2, "init_args")
+        file = self._folder / f"option{self._num_seen}.yaml"
+        file.write_text(write_yaml(_nested(path, content)), encoding="utf-8")
+        return self.add_file(file)
+
+
+def sets_entry(key: str) -> bool:
+    """Return whether an option is a mapping that takes any key, or an entry of one."""
+    plain = key.replace(".init_args", "")
+    wholes = [".".join(path).replace(".init_args", "") for path in _FREE]
+    return any(plain == whole or plain.startswith(f"{whole}.") for whole in wholes)
 
 
 def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str, object]:
@@ -73,9 +108,10 @@ def _over(below: Mapping[str, object], above: Mapping[str, object]) -> dict[str,
 
 
 def _continues(below: Mapping[str, object], above: Mapping[str, object]) -> bool:
-    """Return whether a value adds to the one before; options of another class do not."""
-    if "class_path" in above:
-        return above["class_path"] == below.get("class_path")
+    """Return whether a value adds to the one before; options of another class or family do not."""
+    kind = next((name for name in _KINDS if name in above), None)
+    if kind is not None:
+        return above[kind] == below.get(kind)
     return "class_path" not in below or "init_args" in above
 
 
