@@ -6,7 +6,7 @@ import torch
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.special_tokens import EOS
 from lightning_moevlm.model.dispatch import Capacity
-from lightning_moevlm.model.generation import rate_answers
+from lightning_moevlm.model.generation import likelihood, rate_answers
 from tests.model.test_generation import BUILDERS, model, prompts, run
 from tests.small_model import small_limoe
 
@@ -23,6 +23,22 @@ def test_answers_are_rated_as_they_were_generated(name: str) -> None:
     torch.testing.assert_close(rated_BA[:, :5].diagonal(), found.log_prob_B)
     alone = rate_answers(backbone, logits, batch.images_BRYX[3:4], *(each[3:4] for each in batch[1:3]), [[7, EOS]])  # type: ignore[index]
     torch.testing.assert_close(rated_BA[3, 5], alone[0, 0])
+
+
+def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, logits = model(BUILDERS["decoder"])
+    batch = prompts()
+    answers = [[7, EOS], [8, EOS], [9, 10, EOS], [11]]
+    positions: list[int] = []
+    block = backbone.blocks[0]  # type: ignore[index]
+    block.register_forward_pre_hook(lambda module, args: positions.append(args[0].shape[0] * args[0].shape[1]))
+    together = rate_answers(backbone, logits, *batch[:3], answers)  # type: ignore[arg-type]
+    first, *more = positions
+    assert sum(more) == 5 * (1 + 1 + 2 + 0)  # what is beside the first tokens, and not the ends
+    assert len(more) == 1 + 2  # answers of one length go on together
+    assert first > sum(more)
+    monkeypatch.setattr(likelihood, "_MOST_ROWS", 1)
+    torch.testing.assert_close(rate_answers(backbone, logits, *batch[:3], answers), together)  # type: ignore[arg-type]
 
 
 def test_what_cannot_be_rated_is_refused() -> None:

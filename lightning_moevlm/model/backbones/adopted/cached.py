@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from lightning_moevlm.model.backbones.past import Past
 
 _OFFSET = "rope_deltas"
-"""What vision-language models keep between passes: the position of the next token, less its place. It is the same for
-texts after images of one size."""
+"""What vision-language models keep between passes: the position of the next token, less its place, of each text."""
 
 
 class Group(NamedTuple):
@@ -23,7 +22,7 @@ class Group(NamedTuple):
 
     rows_G: int64, their places in the batch.
     cache: of transformers.
-    offsets: of positions, for each module that keeps one.
+    offsets: of positions, (G, 1) for each module that keeps them.
     """
 
     rows_G: Tensor
@@ -58,7 +57,8 @@ class CachedTexts(Past):
             new_G, place_G = matches.nonzero(as_tuple=True)
             if len(new_G):
                 group.cache.reorder_cache(place_G)
-                kept.append(group._replace(rows_G=new_G))
+                offsets = [None if each is None else each[place_G] for each in group.offsets]
+                kept.append(Group(new_G, group.cache, offsets))
         self.groups, self.length_B = tuple(kept), self.length_B[rows]
 
 
@@ -70,15 +70,14 @@ def split_by_length(length_B: Tensor) -> Iterator[tuple[int, Tensor]]:
 
 @contextmanager
 def fresh_offsets(model: nn.Module) -> Iterator[list[Tensor | None]]:
-    """Run a first pass; afterwards the list holds the offset that each module has kept, of one text."""
+    """Run a first pass; afterwards the list holds the offsets that each module has kept, one of each text."""
     found: list[Tensor | None] = []
     holders = _holders(model)
     for module in holders:
         setattr(module, _OFFSET, None)
     yield found
     for module in holders:
-        offset = getattr(module, _OFFSET)
-        found.append(None if offset is None else offset[:1])
+        found.append(getattr(module, _OFFSET))
 
 
 def restore_offsets(model: nn.Module, offsets: Sequence[Tensor | None]) -> None:

@@ -34,7 +34,6 @@ from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
-from lightning_moevlm.model.backbones.adopted.run_again import WholeChats
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
 from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
@@ -45,6 +44,9 @@ from lightning_moevlm.model.backbones.past import Past
 from lightning_moevlm.model.dispatch import Capacity, Dispatcher
 from lightning_moevlm.model.layers import check_causal, count_parameters
 from lightning_moevlm.model.routers import Router
+
+Joined = tuple[Tensor, Layout, dict[str, Tensor], str]
+"""What a pass takes: ids of sequences, their layout, what the vision tower takes, and the source."""
 
 
 class HuggingFaceModel(Backbone):
@@ -198,9 +200,7 @@ class HuggingFaceModel(Backbone):
             )
         return self._run(*self._join(images_BRYX, text_BL, text_mask_BL))[0]
 
-    def _join(
-        self, images_BRYX: Tensor | None, text_BL: Tensor | None, text_mask_BL: Tensor | None
-    ) -> tuple[Tensor, Layout, dict[str, Tensor], str]:
+    def _join(self, images_BRYX: Tensor | None, text_BL: Tensor | None, text_mask_BL: Tensor | None) -> Joined:
         """Return ids of sequences, their layout, what the vision tower takes, and the source."""
         ids: list[Tensor] = []
         valid: list[Tensor] = []
@@ -233,6 +233,10 @@ class HuggingFaceModel(Backbone):
         Raises:
             UserError: ids that the model does not embed, or images for a model without a vision tower.
         """
+        return self._run(*self._join_chats(chats))[0]
+
+    def _join_chats(self, chats: JoinedChats) -> Joined:
+        """Return what `_join` does, of conversations."""
         if not self._knows_ids:
             self._check_ids(chats)
         dtype = self.model.dtype
@@ -240,7 +244,7 @@ class HuggingFaceModel(Backbone):
             name: values.to(dtype) if values.is_floating_point() else values for name, values in chats.images.items()
         }
         layout = Layout((), chats.valid_BS, None, causal=True, inside_BS=chats.modality_BS)
-        return self._run(chats.ids_BS, layout, seen, "pair" if seen else "text")[0]
+        return chats.ids_BS, layout, seen, "pair" if seen else "text"
 
     def _check_ids(self, chats: JoinedChats) -> None:
         """Refuse the first conversations of another model's processor."""
@@ -280,37 +284,46 @@ class HuggingFaceModel(Backbone):
 
     def prefill(self, images_BRYX: Tensor | None, text_BL: Tensor, text_mask_BL: Tensor) -> tuple[BackboneOutput, Past]:
         """Encode the beginning of texts that are to be continued, those of one length together."""
-        length_B = text_mask_BL.sum(dim=1)
+
+        def join(rows_G: Tensor, length: int) -> Joined:
+            images = None if images_BRYX is None else images_BRYX[rows_G]
+            return self._join(images, text_BL[rows_G, :length], text_mask_BL[rows_G, :length])
+
+        return self._begin(text_mask_BL.sum(dim=1), join, self._join(images_BRYX, text_BL, text_mask_BL)[1])
+
+    def prefill_chats(self, chats: Sequence[Chat]) -> tuple[BackboneOutput, Past]:
+        """Encode the beginnings of conversations that are to be continued, those of one length together."""
+        whole = join_chats(chats)
+
+        def join(rows_G: Tensor, length: int) -> Joined:
+            return self._join_chats(join_chats([chats[row] for row in rows_G.tolist()]))
+
+        return self._begin(whole.length_B, join, self._join_chats(whole)[1])
+
+    def _begin(
+        self, length_B: Tensor, join: Callable[[Tensor, int], Joined], layout: Layout
+    ) -> tuple[BackboneOutput, Past]:
+        """Encode each group of one length, without padding inside. join: rows and length -> what a pass takes."""
         groups: list[Group] = []
         features: list[tuple[Tensor, Tensor]] = []
         plans: list[NamedPlan] = []
         for length, rows_G in split_by_length(length_B):
-            images = None if images_BRYX is None else images_BRYX[rows_G]
-            joined = self._join(images, text_BL[rows_G, :length], text_mask_BL[rows_G, :length])
             with fresh_offsets(self.model) as offsets:
-                output, cache = self._run(*joined, use_cache=True)
+                output, cache = self._run(*join(rows_G, length), use_cache=True)
             groups.append(Group(rows_G, cache, offsets))
             features.append((rows_G, output.tokens_BSD))
             plans += output.plans
-        layout = self._join(images_BRYX, text_BL, text_mask_BL)[1]
-        whole = lay_out(features, (*layout.valid_BS.shape, self.spec.dim))
-        return BackboneOutput(whole, layout, tuple(plans)), CachedTexts(groups, length_B)
-
-    def prefill_chats(self, chats: Sequence[Chat]) -> tuple[BackboneOutput, Past]:
-        """Encode the beginnings of conversations that are to be continued."""
-        return self.read_chats(join_chats(chats)), WholeChats(chats)
+        tokens_BSD = lay_out(features, (*layout.valid_BS.shape, self.spec.dim))
+        return BackboneOutput(tokens_BSD, layout, tuple(plans)), CachedTexts(groups, length_B)
 
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""
+        assert isinstance(past, CachedTexts)
         if self.images is not None:  # a model may predict the id that stands for an image, but there is none
             text_B = torch.where(text_B == self.config.image_token_id, PAD, text_B)
         past.append(text_B)
-        if isinstance(past, CachedTexts):
-            parts = [(group.rows_G, self._step(text_B[group.rows_G], group)) for group in past.groups]
-            return lay_out(parts, (len(text_B), 1, self.spec.dim))[:, 0]
-        assert isinstance(past, WholeChats) and past.length_B is not None
-        row_B = torch.arange(len(text_B), device=text_B.device)
-        return self.read_chats(join_chats(past.chats)).tokens_BSD[row_B, past.length_B - 1]
+        parts = [(group.rows_G, self._step(text_B[group.rows_G], group)) for group in past.groups]
+        return lay_out(parts, (len(text_B), 1, self.spec.dim))[:, 0]
 
     def _step(self, text_G: Tensor, group: Group) -> Tensor:
         """Return the features of one more token of each text of a group, (G, 1, D), which its cache then holds."""

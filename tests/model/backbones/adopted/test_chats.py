@@ -12,6 +12,7 @@ import pytest
 import torch
 from lightning.pytorch import Trainer
 from PIL import Image
+from torch import Tensor
 from torch.optim import AdamW
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
@@ -37,6 +38,7 @@ from lightning_moevlm.training.callbacks import AnswerScores, CaptionScores, Liv
 from tests.data.sources import OPTIONS
 from tests.model.backbones.adopted.small_chat import (
     IM_END,
+    IMAGE_PAD,
     LLAVA_CHAT,
     QWEN_CHAT,
     qwen_processor,
@@ -192,6 +194,37 @@ def test_replies_are_those_that_transformers_generates(llava: Path) -> None:
     replies = [found.text_BN[row].tolist() for row in range(3)]
     rated = rate_replies(model, logits, prompts, replies)
     torch.testing.assert_close(rated.diagonal(), found.log_prob_B)  # of what was generated, token by token
+
+
+@pytest.mark.parametrize("decoding", [Decoding(max_new_tokens=5), Decoding("beam", max_new_tokens=4, num_beams=2)])
+def test_replies_after_images_of_any_size_are_those_of_whole_passes(qwen: ChatMaker, decoding: Decoding) -> None:
+    """Each conversation has its own offset of positions; every new token is one position, not the whole again."""
+    model = small_hugging_face(QWEN_CHAT).eval()
+    objective = NextToken(model.spec)
+
+    def logits(features_MD: Tensor) -> Tensor:
+        without_image = torch.zeros(304).index_fill(0, torch.tensor([IMAGE_PAD]), -torch.inf)
+        return objective.logits(model, features_MD) + without_image[: objective.logits(model, features_MD).shape[1]]
+
+    prompts = [chat.prompt() for chat in make_chats(qwen)]
+    prompts.append(prompts[0]._replace(ids_S=prompts[0].ids_S.clone()))  # two of one length
+    positions: list[int] = []
+    model.model.get_decoder().register_forward_pre_hook(
+        lambda module, args, named: positions.append(named["inputs_embeds"].shape[0] * named["inputs_embeds"].shape[1]),
+        with_kwargs=True,
+    )
+    found = generate_replies(model, logits, prompts, qwen.ends, decoding)
+    steps, rows = found.text_BN.shape[1] - 1, len(prompts) * (2 if decoding.method == "beam" else 1)
+    assert sum(positions) == sum(len(prompt.ids_S) for prompt in prompts) + steps * rows
+    for row, prompt in enumerate(prompts):
+        reply = found.text_BN[row].tolist()
+        reply = reply[: reply.index(IM_END) + 1] if IM_END in reply else reply
+        whole = join_chats([prompt.reply(reply)])
+        log_prob_SV = logits(model.read_chats(whole).tokens_BSD[0]).log_softmax(dim=-1)
+        expected = sum(log_prob_SV[len(prompt.ids_S) - 1 + place, token] for place, token in enumerate(reply))
+        torch.testing.assert_close(expected, found.log_prob_B[row], rtol=1e-4, atol=1e-4)
+        rated = rate_replies(model, logits, prompts, [[7, IM_END], reply])  # two lengths, or one
+        torch.testing.assert_close(rated[row, 1], found.log_prob_B[row], rtol=1e-4, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
