@@ -1,8 +1,8 @@
 """Generates answers to held-out questions and scores them as VQA does: exact agreement with people after normalisation.
 
-Instead of generating, the likeliest of a list of answers can be taken, which goes on from the question once for each of them.
-The metrics are those of `AnswerClassification`, so that both ways to answer can be compared: VQA accuracy by kind of
-question, beside that of the best constant answer. A model that reads the questions of a source without its images
+Instead of generating, the likeliest of a list of answers can be taken, which goes on from the question once for each of
+them. The metrics are those of `AnswerClassification`, so that both ways to answer can be compared: VQA accuracy by kind
+of question, beside that of the best constant answer. A model that reads the questions of a source without its images
 (`modality: text`) is the blind one.
 """
 
