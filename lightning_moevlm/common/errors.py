@@ -3,6 +3,12 @@
 `moevlm` prints a `UserError` in one line and exits with code 2. Our own bugs are `assert`s and keep their traceback.
 """
 
+import re
+
+_MISSING = re.compile(r"requires (?:the )?(?:🤗 )?([\w-]+) library|pip install ([\w-]+)`|No module named '([\w-]+)")
+_PACKAGES = {"pil": "pillow", "pyav": "av", "jinja": "jinja2"}
+_REMARKS = {"torchvision": ", the release that fits your torch, from the same index"}
+
 
 class UserError(ValueError):
     """A mistake in the user's input; the message names the value, the values allowed and the change to make."""
@@ -18,3 +24,13 @@ class Stopped(Exception):  # noqa: N818 - asked for, not a fault
     def __init__(self, signal_number: int, text: str) -> None:
         super().__init__(text)
         self.signal_number = signal_number
+
+
+def say_missing_package(error: BaseException) -> str | None:
+    """Return which package a library misses, and its remedy; None if an error is about something else."""
+    found = _MISSING.search(" ".join(str(error).split()))
+    if found is None:
+        return None
+    name = next(each for each in found.groups() if each is not None).lower()
+    package = _PACKAGES.get(name, name)
+    return f"needs the package {package}, which is not installed: pip install {package}{_REMARKS.get(package, '')}"

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from PIL import Image
 
-from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.errors import UserError, say_missing_package
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.contracts.batch import Chat
 from lightning_moevlm.contracts.routing_plan import Modality
@@ -134,10 +134,13 @@ class ChatMaker:
                 self.options.processor, local_files_only=self.options.local_files_only, **self.options.options
             )
         except (OSError, ValueError, TypeError, KeyError, AttributeError, ImportError, RuntimeError) as error:
+            missing = say_missing_package(error)
+            if missing is not None:
+                raise UserError(f"{place} {missing}") from error
             reason = str(error).strip().split("\n")[0]
             raise UserError(
                 f"{place} cannot be loaded: {type(error).__name__}: {reason}; give the directory of a model with its "
-                "processor. Processors that know videos, such as Qwen3-VL's, need a torchvision that fits torch"
+                "processor"
             ) from error
         if self.options.template is not None:
             processor.chat_template = _read_template(self.options.template)

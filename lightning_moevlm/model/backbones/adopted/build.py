@@ -11,7 +11,7 @@ from typing import Any, Literal, TypeAlias
 import torch
 from torch import nn
 
-from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.errors import UserError, say_missing_package
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ExpertsBackend: TypeAlias = Literal["eager", "grouped_mm", "batched_mm"]
@@ -129,6 +129,9 @@ def _explained(origin: Origin) -> Iterator[None]:
     except UserError:
         raise
     except Exception as error:  # files of weights and checks of options raise classes of their own libraries
+        missing = say_missing_package(error)
+        if missing is not None:
+            raise UserError(f"the {what} {missing}") from error
         lines = " ".join(str(error).split("\n")[:2])
         said = shorten(lines, _LONGEST_CAUSE, placeholder=" ...")  # of an unknown family all known ones are named
         is_remote = origin.path is not None and not Path(origin.path).exists()

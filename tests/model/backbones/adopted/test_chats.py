@@ -1,5 +1,7 @@
 """Conversations of a model's own processor: images inside, answers alone predicted. Extra `hf`; skipped if absent."""
 
+import importlib.util
+import json
 import pickle
 import sqlite3
 from collections.abc import Callable
@@ -375,5 +377,15 @@ def test_mistakes_are_explained(llava: Path, tmp_path: Path) -> None:
         small_hugging_face(OLMOE).read_chats(chats)
     with pytest.raises(UserError, match=r"makes the token id \d+, and LlavaForConditionalGeneration embeds 304"):
         small_hugging_face(LLAVA_CHAT).read_chats(chats._replace(ids_BS=chats.ids_BS + 300))
+    save_tokenizer(tmp_path / "qwen")
+    for name, kind in (("preprocessor", "image_processor"), ("video_preprocessor", "video_processor")):
+        of_kind = {"image_processor": "Qwen2VLImageProcessor", "video_processor": "Qwen3VLVideoProcessor"}[kind]
+        content = {f"{kind}_type": of_kind, "processor_class": "Qwen3VLProcessor"}
+        (tmp_path / f"qwen/{name}_config.json").write_text(json.dumps(content))
+    if importlib.util.find_spec("torchvision") is None:
+        with pytest.raises(
+            UserError, match=r"qwen needs the package torchvision.*: pip install torchvision, the release"
+        ):
+            _ = ChatMaker(ChatOptions(str(tmp_path / "qwen"))).processor
     sent = pickle.loads(pickle.dumps(ChatMaker(ChatOptions(str(llava)))))  # to a worker
     assert sent.options.processor == str(llava)

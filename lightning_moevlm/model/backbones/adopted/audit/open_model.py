@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.errors import UserError, say_missing_package
 from lightning_moevlm.model.backbones.adopted.build import DType, Origin, read_config
 from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceModel
 
@@ -92,9 +92,9 @@ def _tokenizer(path: str) -> Any:
     try:
         return transformers.AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise UserError(
-            f"the tokenizer of {path} cannot be read: {type(error).__name__}: {str(error).splitlines()[0]}"
-        ) from error
+        said = say_missing_package(error)
+        said = f"cannot be read: {type(error).__name__}: {str(error).strip().splitlines()[0]}" if said is None else said
+        raise UserError(f"the tokenizer of {path} {said}") from error
 
 
 def _numbers(config: Any) -> list[tuple[str, int]]:

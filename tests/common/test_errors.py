@@ -1,0 +1,25 @@
+"""Errors of libraries that miss a package name it, with its name for pip."""
+
+import pytest
+
+from lightning_moevlm.common.errors import say_missing_package
+
+
+@pytest.mark.parametrize(
+    ("text", "package"),
+    [
+        ("\nQwen3VLVideoProcessor requires the Torchvision library but it was not found in\nyour", "torchvision"),
+        ("X requires the PIL library but it was not found in your environment.", "pillow"),
+        ("X requires the 🤗 Tokenizers library but it was not found", "tokenizers"),
+        ("`tiktoken` is required to read a `tiktoken` file. Install it with `pip install tiktoken`.", "tiktoken"),
+        ("No module named 'sentencepiece'", "sentencepiece"),
+    ],
+)
+def test_the_package_is_named(text: str, package: str) -> None:
+    said = say_missing_package(ImportError(text))
+    assert said is not None
+    assert said.startswith(f"needs the package {package}, which is not installed: pip install {package}")
+
+
+def test_other_errors_are_left_alone() -> None:
+    assert say_missing_package(OSError("no file named model.safetensors")) is None
