@@ -20,6 +20,8 @@ from lightning_moevlm.atlas.causal.scores import SampleScores, ScoredSamples, Sc
 from lightning_moevlm.study.statistics.intervals import Interval, is_constant, t_interval
 from lightning_moevlm.study.statistics.paired_tests import holm, paired_p
 
+ALPHA = 0.05
+"""Error rate; intervals cover 1 - ALPHA."""
 LEAST = 8
 """Samples that a group needs; below, the t interval of losses covers too little."""
 
@@ -42,11 +44,6 @@ class Effect:
     p_adjusted: float
     """Corrected over the family; equal to p until `adjust`."""
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.interval is not None and (self.interval.low > 0 or self.interval.high < 0)
-
 
 @dataclass(frozen=True)
 class GroupEffect:
@@ -63,16 +60,10 @@ class GroupEffect:
     """On how right predictions are, by term."""
 
 
-def group_effects(scored: ScoredSamples, groups: Groups, alpha: float = 0.05) -> tuple[GroupEffect, ...]:
-    """Return the effect of every change on every group, corrected over all of them.
-
-    Args:
-        scored: scores of N samples.
-        groups: by name.
-        alpha: intervals cover 1 - alpha.
-    """
+def group_effects(scored: ScoredSamples, groups: Groups) -> tuple[GroupEffect, ...]:
+    """Return the effect of every change on every group, corrected over all of them."""
     found = [
-        _effect_of(scored.unchanged, changed, change, group, member_N, alpha)
+        _effect_of(scored.unchanged, changed, change, group, member_N)
         for change, changed in scored.changed.items()
         for group, member_N in groups.items()
         if _count(scored.unchanged.loss_N, member_N) >= LEAST
@@ -80,22 +71,7 @@ def group_effects(scored: ScoredSamples, groups: Groups, alpha: float = 0.05) ->
     return _adjusted(found)
 
 
-def term_effects(scored: ScoredSamples, alpha: float = 0.05) -> dict[str, dict[str, Effect]]:
-    """Return the effect of every change on the loss of each term, over all samples, by change and term; p as it is.
-
-    The terms of masked modelling are those of words and of patches, so this is the effect by modality.
-    """
-    return {
-        change: {
-            term: effect
-            for term, loss_N in scored.unchanged.of_terms.items()
-            if (effect := paired_effect(loss_N, changed.of_terms[term], alpha)) is not None
-        }
-        for change, changed in scored.changed.items()
-    }
-
-
-def paired_effect(unchanged_N: Scores, changed_N: Scores, alpha: float = 0.05) -> Effect | None:
+def paired_effect(unchanged_N: Scores, changed_N: Scores) -> Effect | None:
     """Return the mean difference with its t interval and p; None without samples that have both scores."""
     difference_N = changed_N - unchanged_N
     differences = tuple(difference_N[np.isfinite(difference_N)].tolist())
@@ -103,28 +79,25 @@ def paired_effect(unchanged_N: Scores, changed_N: Scores, alpha: float = 0.05) -
         return None
     p = 1.0 if is_constant(differences) and differences[0] == 0 else paired_p(differences)
     p = 1.0 if p is None else p  # one sample, or the same difference in all: no test
-    return Effect(len(differences), float(np.mean(differences)), t_interval(differences, alpha), p, p)
+    return Effect(len(differences), float(np.mean(differences)), t_interval(differences, ALPHA), p, p)
 
 
-def _effect_of(
-    before: SampleScores, after: SampleScores, change: str, group: str, member_N: Member, alpha: float
-) -> GroupEffect:
-    loss = paired_effect(before.loss_N[member_N], after.loss_N[member_N], alpha)
+def _effect_of(before: SampleScores, after: SampleScores, change: str, group: str, member_N: Member) -> GroupEffect:
+    loss = paired_effect(before.loss_N[member_N], after.loss_N[member_N])
     assert loss is not None, "groups without samples are left out"
     elsewhere = more = None
     if _count(before.loss_N, ~member_N) >= LEAST:
-        elsewhere = paired_effect(before.loss_N[~member_N], after.loss_N[~member_N], alpha)
+        elsewhere = paired_effect(before.loss_N[~member_N], after.loss_N[~member_N])
         difference_N = after.loss_N - before.loss_N
-        more = _welch(difference_N[member_N], difference_N[~member_N], alpha)
+        more = _welch(difference_N[member_N], difference_N[~member_N])
     of_terms = {
-        term: paired_effect(right_N[member_N], after.right[term][member_N], alpha)
-        for term, right_N in before.right.items()
+        term: paired_effect(right_N[member_N], after.right[term][member_N]) for term, right_N in before.right.items()
     }
     right = {term: effect for term, effect in of_terms.items() if effect is not None}
     return GroupEffect(change, group, loss, elsewhere, more, right)
 
 
-def _welch(inside: Scores, outside: Scores, alpha: float) -> Effect:
+def _welch(inside: Scores, outside: Scores) -> Effect:
     """Return the difference of two means with Welch's interval and p."""
     inside, outside = inside[np.isfinite(inside)], outside[np.isfinite(outside)]
     mean = float(inside.mean() - outside.mean())
@@ -135,7 +108,7 @@ def _welch(inside: Scores, outside: Scores, alpha: float) -> Effect:
     freedom = sum(variances) ** 2 / sum(
         v**2 / (len(each) - 1) for v, each in zip(variances, (inside, outside), strict=True)
     )
-    half = float(stats.t.ppf(1 - alpha / 2, freedom)) * error
+    half = float(stats.t.ppf(1 - ALPHA / 2, freedom)) * error
     p = float(2 * stats.t.sf(abs(mean) / error, freedom))
     return Effect(len(inside), mean, Interval(mean - half, mean + half, "t"), p, p)
 

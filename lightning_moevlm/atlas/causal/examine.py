@@ -68,7 +68,6 @@ def examine(
     observed: tuple[Serves, ...],
     to: To = "next",
     batch_size: int = 32,
-    alpha: float = 0.05,
 ) -> Examination:
     """Run the probe once for each expert and for each way to route a layer otherwise.
 
@@ -82,7 +81,6 @@ def examine(
         observed: what experts serve more often than chance.
         to: where the tokens of an expert go; soft slots go to nothing.
         batch_size: samples of a forward pass. Contrasts, and choices of another sample, depend on it.
-        alpha: error rate.
 
     Raises:
         UserError: an objective without losses of single samples, or one that cannot use the probe.
@@ -109,11 +107,11 @@ def examine(
     of_off = scored._replace(changed={name: scored.changed[name] for name in names})
     of_wide = scored._replace(changed={name: scored.changed[name] for name in wide})
     effects: dict[Expert, list[GroupEffect]] = {key: [] for key in off}
-    for found in group_effects(of_off, groups, alpha):
+    for found in group_effects(of_off, groups):
         effects[names[found.change]].append(found)
     layer_changes = tuple(
         LayerChange(*wide[found.change], found.loss, found.right)
-        for found in group_effects(of_wide, {EVERY: groups[EVERY]}, alpha)
+        for found in group_effects(of_wide, {EVERY: groups[EVERY]})
     )
     return Examination(
         to,
@@ -121,8 +119,8 @@ def examine(
         {name: int(member_N.sum()) for name, member_N in groups.items()},
         {key: tuple(found) for key, found in effects.items()},
         layer_changes,
-        rank_roles(effects, EVERY, alpha),
-        examine_claims(observed, effects, alpha),
+        rank_roles(effects, EVERY),
+        examine_claims(observed, effects),
     )
 
 

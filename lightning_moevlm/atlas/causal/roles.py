@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import NamedTuple
 
-from lightning_moevlm.atlas.causal.effects import LEAST, Effect, GroupEffect
+from lightning_moevlm.atlas.causal.effects import ALPHA, LEAST, Effect, GroupEffect
+from lightning_moevlm.atlas.causal.show_effect import show_effect
 from lightning_moevlm.study.statistics.paired_tests import format_p
 
 
@@ -67,13 +68,12 @@ class TestedClaim:
     sentence: str
 
 
-def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str, alpha: float = 0.05) -> tuple[Role, ...]:
+def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str) -> tuple[Role, ...]:
     """Return the roles of experts, those with the largest effect on all samples first.
 
     Args:
         effects: of switching each expert off, corrected over all of them.
         every: name of the group of all samples.
-        alpha: error rate.
     """
     roles = [
         Role(
@@ -81,7 +81,7 @@ def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str, alph
             next((each.loss for each in found if each.group == every), None),
             tuple(
                 sorted(
-                    (each for each in found if judge(each, alpha) is Need.SPECIFIC),
+                    (each for each in found if judge(each) is Need.SPECIFIC),
                     key=lambda each: -(each.more.mean if each.more is not None else 0.0),
                 )
             ),
@@ -91,49 +91,42 @@ def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str, alph
     return tuple(sorted(roles, key=lambda role: -(role.overall.mean if role.overall is not None else 0.0)))
 
 
-def judge(effect: GroupEffect | None, alpha: float = 0.05) -> Need:
+def judge(effect: GroupEffect | None) -> Need:
     """Return whether a group needs an expert, from the effect of its removal; None: the group was not tested."""
     if effect is None:
         return Need.NOT_TESTED
-    if not (effect.loss.mean > 0 and effect.loss.p_adjusted <= alpha):
+    if not (effect.loss.mean > 0 and effect.loss.p_adjusted <= ALPHA):
         return Need.NOT_SEEN
     more = effect.more
-    return Need.SPECIFIC if more is not None and more.mean > 0 and more.p_adjusted <= alpha else Need.GENERAL
+    return Need.SPECIFIC if more is not None and more.mean > 0 and more.p_adjusted <= ALPHA else Need.GENERAL
 
 
 def examine_claims(
-    observed: Iterable[Serves], effects: Mapping[Expert, Sequence[GroupEffect]], alpha: float = 0.05
+    observed: Iterable[Serves], effects: Mapping[Expert, Sequence[GroupEffect]]
 ) -> tuple[TestedClaim, ...]:
     """Return each observation with what the expert's removal says of it.
 
     Args:
         observed: what experts serve.
         effects: of switching each expert off, corrected over all of them.
-        alpha: error rate.
     """
     claims = []
     for serves in observed:
         effect = next((each for each in effects.get(serves.expert, ()) if each.group == serves.group), None)
-        need = judge(effect, alpha)
-        claims.append(TestedClaim(serves, need, effect, _sentence(serves, need, effect, alpha)))
+        need = judge(effect)
+        claims.append(TestedClaim(serves, need, effect, _sentence(serves, need, effect)))
     return tuple(claims)
 
 
-def _sentence(serves: Serves, need: Need, effect: GroupEffect | None, alpha: float) -> str:
+def _sentence(serves: Serves, need: Need, effect: GroupEffect | None) -> str:
     name = str(serves.expert).capitalize()
     says = f"{name} serves {serves.group} {serves.lift:.3g} times as often as chance"
     if effect is None:
         return f"{says}. Whether they need it was not tested: the probe has fewer than {LEAST} samples of them."
-    off = f"Without it their loss changes by {describe(effect.loss, alpha)}, {effect.loss.num_samples} samples"
+    loss, p = show_effect(effect.loss), format_p(effect.loss.p_adjusted, ALPHA)
+    off = f"Without it their loss changes by {loss}, p = {p}, {effect.loss.num_samples} samples"
     if need is Need.NOT_SEEN:
         return f"{says}, but its removal is not seen to hurt them. {off}."
-    others = "" if effect.elsewhere is None else f"; that of the others changes by {describe(effect.elsewhere, None)}"
+    others = "" if effect.elsewhere is None else f"; that of the others changes by {show_effect(effect.elsewhere)}"
     verdict = "and they need it" if need is Need.SPECIFIC else "and they need it, but not shown more than others do"
     return f"{says}, {verdict}. {off}{others}."
-
-
-def describe(effect: Effect, alpha: float | None) -> str:
-    """Return an effect with its interval, and with its corrected p if alpha is given."""
-    interval = "" if effect.interval is None else f" [{effect.interval.low:+.3g}, {effect.interval.high:+.3g}]"
-    p = "" if alpha is None else f", p = {format_p(effect.p_adjusted, alpha)}"
-    return f"{effect.mean:+.3g}{interval}{p}"
