@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, TypedDict, Unpack
 
 import torch
 
@@ -14,39 +14,41 @@ from lightning_moevlm.model.initial_weights import defer_initialisation
 from lightning_moevlm.model.layers import ModelStabilisers, MoEFFN, initialise
 from lightning_moevlm.model.routers import Router, TopKRouter
 
+SIZES: dict[str, Any] = {
+    "dim": 32, "num_heads": 2, "image_size": 16, "patch_size": 8, "vocab_size": 300, "max_text_len": 8,
+}  # fmt: skip
+
+
+class MoEOptions(TypedDict, total=False):
+    """Options of `small_moe`."""
+
+    top_k: int
+    num_experts: int
+    router: Callable[[int, int], Router] | None
+    capacity: Capacity | None
+    dispatcher: Dispatcher | None
+    free: Callable[[int], FreeExperts] | None
+
 
 @defer_initialisation()  # its weights are drawn once, by the seed
 def small_vl_moe(
     *,
-    top_k: int = 1,
     num_blocks: int = 4,
     num_vl_blocks: int = 1,
-    num_experts: int = 4,
     sparse_modalities: tuple[Literal["image", "text"], ...] = ("image", "text"),
-    capacity: Capacity | None = None,
-    dispatcher: Dispatcher | None = None,
-    router: Callable[[int, int], Router] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: bool = False,
     is_gated: bool = False,
-    free: Callable[[int], FreeExperts] | None = None,
     seed: int = 0,
+    **moe: Unpack[MoEOptions],
 ) -> VLMoE:
     """Width 32, 2 heads, 16 px images in 8 px patches (4 of them), texts of 8 out of 300 tokens."""
-    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher, free)
-    if is_gated:
-        moe = partial(moe, experts=partial(GatedExperts, hidden_dim=48))
     model = VLMoE(
-        dim=32,
-        num_heads=2,
+        **SIZES,
         num_blocks=num_blocks,
         num_vl_blocks=num_vl_blocks,
         hidden_dim=64,
-        image_size=16,
-        patch_size=8,
-        vocab_size=300,
-        max_text_len=8,
-        moe=moe,
+        moe=small_moe(is_gated, **moe),
         sparse_modalities=sparse_modalities,
         stabilisers=stabilisers,
         causal=causal,
@@ -58,28 +60,19 @@ def small_vl_moe(
 @defer_initialisation()  # its weights are drawn once, by the seed
 def small_limoe(
     *,
-    top_k: int = 1,
     num_blocks: int = 4,
-    num_experts: int = 4,
     is_sparse: bool = True,
-    capacity: Capacity | None = None,
-    dispatcher: Dispatcher | None = None,
-    router: Callable[[int, int], Router] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: bool = False,
     seed: int = 0,
+    **moe: Unpack[MoEOptions],
 ) -> LIMoE:
     """The same widths, one mixture for both modalities in blocks 1 and 3."""
     model = LIMoE(
-        dim=32,
-        num_heads=2,
+        **SIZES,
         num_blocks=num_blocks,
         hidden_dim=64,
-        image_size=16,
-        patch_size=8,
-        vocab_size=300,
-        max_text_len=8,
-        moe=small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher),
+        moe=small_moe(**moe),
         is_sparse=is_sparse,
         stabilisers=stabilisers,
         causal=causal,
@@ -91,29 +84,20 @@ def small_limoe(
 @defer_initialisation()  # its weights are drawn once, by the seed
 def small_moma(
     *,
-    top_k: int = 1,
     num_blocks: int = 2,
-    num_experts: int = 4,
     is_grouped: bool = True,
     is_sparse: bool = True,
-    capacity: Capacity | None = None,
-    dispatcher: Dispatcher | None = None,
-    router: Callable[[int, int], Router] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: bool = False,
     seed: int = 0,
+    **moe: Unpack[MoEOptions],
 ) -> MoMa:
     """The same widths, a group of experts per modality in both blocks."""
     model = MoMa(
-        dim=32,
-        num_heads=2,
+        **SIZES,
         num_blocks=num_blocks,
         hidden_dim=64,
-        image_size=16,
-        patch_size=8,
-        vocab_size=300,
-        max_text_len=8,
-        moe=small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher),
+        moe=small_moe(**moe),
         is_grouped=is_grouped,
         is_sparse=is_sparse,
         stabilisers=stabilisers,
@@ -126,36 +110,26 @@ def small_moma(
 @defer_initialisation()  # its weights are drawn once, by the seed
 def small_decoder(
     *,
-    top_k: int = 1,
     num_blocks: int = 4,
-    num_experts: int = 4,
     moe_every: int | None = 2,
     is_sparse: bool = True,
     sees_sparsely: bool = True,
     is_gated: bool = False,
-    capacity: Capacity | None = None,
-    dispatcher: Dispatcher | None = None,
-    router: Callable[[int, int], Router] | None = None,
     stabilisers: ModelStabilisers = ModelStabilisers(),
     causal: Literal[True] = True,
     seed: int = 0,
+    **moe: Unpack[MoEOptions],
 ) -> MoEDecoder:
     """The same widths, after a vision tower of width 24 and two blocks; with experts there and in the connector too."""
-    moe = small_moe(num_experts, router or partial(TopKRouter, top_k=top_k), capacity, dispatcher)
-    gated: Callable[[int], MoEFFN] = partial(moe, experts=partial(GatedExperts, hidden_dim=48))
+    seeing = small_moe(**moe) if sees_sparsely else None
     model = MoEDecoder(
-        dim=32,
-        num_heads=2,
+        **SIZES,
         num_blocks=num_blocks,
         hidden_dim=48,
-        image_size=16,
-        patch_size=8,
-        vocab_size=300,
-        max_text_len=8,
-        moe=gated if is_gated else moe,
+        moe=small_moe(is_gated, **moe),
         moe_every=moe_every,
-        vision=VisionOptions(24, 2, 2, 48, moe if sees_sparsely else None),
-        connector=ConnectorOptions(48, moe if sees_sparsely else None),
+        vision=VisionOptions(24, 2, 2, 48, seeing),
+        connector=ConnectorOptions(48, seeing),
         is_gated=is_gated,
         is_sparse=is_sparse,
         stabilisers=stabilisers,
@@ -165,18 +139,21 @@ def small_decoder(
 
 
 def small_moe(
-    num_experts: int,
-    router: Callable[[int, int], Router],
-    capacity: Capacity | None,
-    dispatcher: Dispatcher | None,
+    is_gated: bool = False,
+    *,
+    top_k: int = 1,
+    num_experts: int = 4,
+    router: Callable[[int, int], Router] | None = None,
+    capacity: Capacity | None = None,
+    dispatcher: Dispatcher | None = None,
     free: Callable[[int], FreeExperts] | None = None,
 ) -> Callable[[int], MoEFFN]:
     """Experts of hidden width 48."""
     return partial(
         MoEFFN,
         num_experts=num_experts,
-        router=router,
-        experts=partial(MLPExperts, hidden_dim=48),
+        router=router or partial(TopKRouter, top_k=top_k),
+        experts=partial(GatedExperts if is_gated else MLPExperts, hidden_dim=48),
         capacity=capacity,
         dispatcher=dispatcher,
         free=free,

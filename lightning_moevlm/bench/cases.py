@@ -79,13 +79,13 @@ class Tokens(NamedTuple):
     expert_TK: Tensor
 
 
-def make_tokens(case: Case, seed: int = 0) -> Tokens:
+def make_tokens(case: Case) -> Tokens:
     """Make tokens that a linear router sends to experts by the skew.
 
     Balanced: every expert gets T k / E pairs, as near as numbers allow. Zipf: expert i is drawn with weight
     1 / (i + 1), without replacement within a token; of 8 experts the busiest then has about 2.5 times the mean load.
     """
-    shape, generator = case.shape, torch.Generator().manual_seed(seed)
+    shape, generator = case.shape, torch.Generator().manual_seed(0)
     if case.skew == "balanced":
         first_T = torch.arange(shape.T)[torch.randperm(shape.T, generator=generator)]
         expert_TK = (first_T.unsqueeze(-1) * shape.k + torch.arange(shape.k)) % shape.E

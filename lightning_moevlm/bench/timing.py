@@ -32,11 +32,9 @@ class Ratio(NamedTuple):
         return min(self.best, self.median)
 
 
-def interleave(
-    candidates: Sequence[Candidate], rounds: int, tick: Callable[[], None], seed: int = 0
-) -> dict[str, list[float]]:
+def interleave(candidates: Sequence[Candidate], rounds: int, tick: Callable[[], None]) -> dict[str, list[float]]:
     """Time every candidate once per round after one untimed call each; tick after each call."""
-    order = random.Random(seed)
+    order = random.Random(0)
     seconds: dict[str, list[float]] = {candidate.name: [] for candidate in candidates}
     for candidate in candidates:
         _time_step(candidate)

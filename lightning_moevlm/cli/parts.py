@@ -83,15 +83,6 @@ def describe(name: str | None = None, configs: list[str] | None = None, json: st
         _describe_part(name, json)
 
 
-def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Return a command line of `describe` in which -c stands for --configs and may be repeated."""
-    full: list[str] = []
-    for word in words:
-        option, equals, value = word.partition("=")
-        full.append(f"--configs+{equals}{value}" if option in ("-c", "--config", "--configs") else word)
-    return full
-
-
 def _describe_costs(files: Sequence[str], json: str | None) -> None:
     from rich.table import Table
 

@@ -1,7 +1,7 @@
 """Commands other than training: typed functions and records; signatures are the options, docstrings the help."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
@@ -31,9 +31,14 @@ COMMANDS: dict[str, Any] = {
 # Options in their signatures, because they may be left out; but people type `moevlm list routers`.
 _FIRST = {"list": "--kind", "describe": "--name", "sync": "--folder", "audit": "--path"}
 # jsonargparse reads an option --config itself and leaves it out, so the parameter has another name
-_WITH_CONFIG = ("audit", "export")
-
-
+_CONFIG = {"-c": "--configuration", "--config": "--configuration"}
+# What people type for an option; an ending + adds to its list, so that it may be repeated.
+_SPELLINGS: dict[str, dict[str, str]] = {
+    "audit": _CONFIG,
+    "export": _CONFIG,
+    "describe": dict.fromkeys(("-c", "--config", "--configs"), "--configs+"),
+    "replay": {"--with": "--changes+"},
+}
 _GROUPS = {
     "bench": "Time dispatchers, layers, steps and data on this machine.",
     "data": "Make, convert, check and show sets of shards.",
@@ -52,14 +57,9 @@ def run_command(arguments: Sequence[str]) -> int:
     words = [_underscore(argument) for argument in arguments]
     if words[0] in _FIRST and len(words) > 1 and not words[1].startswith("-"):
         words.insert(1, _FIRST[words[0]])
-    if words[0] in _WITH_CONFIG:
-        words = [re.sub(r"^(-c|--config)(?==|$)", "--configuration", word) for word in words]
+    words = [_respell(word, _SPELLINGS.get(words[0], {})) for word in words]
     if words[0] == "sweep":
         words = sweep.expand_shorthand(words)
-    if words[0] == "describe":
-        words = parts.expand_shorthand(words)
-    if words[0] == "replay":
-        words = replay.expand_shorthand(words)
     if words[0] == "experts":
         words = experts.expand_shorthand(words)
     if words[0] == "compare":
@@ -110,6 +110,11 @@ def _types(words: Sequence[str]) -> dict[str, object]:
             break
         command = command[word]
     return {} if isinstance(command, dict) else get_type_hints(command)  # of a record, its fields
+
+
+def _respell(argument: str, spellings: Mapping[str, str]) -> str:
+    name, equals, value = argument.partition("=")
+    return spellings.get(name, name) + equals + value
 
 
 def _underscore(argument: str) -> str:

@@ -10,21 +10,21 @@ from urllib.parse import quote
 from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.store import sqlite_path
 
-DEFAULT_PORT = 5000
+_PORT = 5000
 _WORKFLOW = "workflowType=machine_learning"
 
 
-def server_command(uri: str, port: int = DEFAULT_PORT) -> str | None:
+def server_command(uri: str) -> str | None:
     """Return the shell command that shows an SQLite store in a browser; None for a store that is a server."""
     if sqlite_path(uri) is None:
         return None
-    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
+    words = ["mlflow", "server", "--host", "127.0.0.1", "--port", str(_PORT), "--workers", "1"]
     return shlex.join([*words, "--backend-store-uri", uri])
 
 
-def ui_address(uri: str, port: int = DEFAULT_PORT) -> str:
+def ui_address(uri: str) -> str:
     """Return where the UI of a store is: the server's own address, or loopback once `server_command` runs."""
-    return f"http://127.0.0.1:{port}" if sqlite_path(uri) is not None else mask_url_secrets(uri).rstrip("/")
+    return f"http://127.0.0.1:{_PORT}" if sqlite_path(uri) is not None else mask_url_secrets(uri).rstrip("/")
 
 
 def run_link(address: str, experiment_id: str, run_id: str) -> str:

@@ -1,11 +1,10 @@
 """From a set with questions to a trained model that answers them, as a user does it."""
 
 import json
-import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
-from lightning_moevlm.data.format.manifest import read_manifest
+from tests.data.statement_set import read_members
 
 QUESTIONS = "data/shards/scenes-questions"
 CONVERT = ["data", "convert", "questions", "data/shards/scenes", "--licence", "CC BY-SA 4.0", "--out", QUESTIONS]
@@ -13,16 +12,6 @@ SMALL = [
     "--data.batch_size=4", "--data.image_size=32", "--model.backbone.init_args.dim=16",
     "--model.backbone.init_args.num_heads=2", "--model.backbone.init_args.hidden_dim=32", "--data.vocab_size=640",
 ]  # fmt: skip
-
-
-def read_samples(root: Path, split: str) -> dict[str, dict[str, bytes]]:
-    found: dict[str, dict[str, bytes]] = {}
-    for entry in read_manifest(root).splits[split]:  # type: ignore[index]
-        with tarfile.open(root / entry.file) as tar:
-            for member in tar:
-                key, _, extension = member.name.partition(".")
-                found.setdefault(key, {})[extension] = tar.extractfile(member).read()  # type: ignore[union-attr]
-    return found
 
 
 def test_questions_become_samples_and_a_model_answers_them(
@@ -33,7 +22,7 @@ def test_questions_become_samples_and_a_model_answers_them(
     moevlm(*CONVERT)
     made = workplace / QUESTIONS
     for split in ("train", "val", "test"):
-        images, asked = read_samples(scenes_root, split), read_samples(made, split)
+        images, asked = read_members(scenes_root, split), read_members(made, split)
         expected = {
             f"{key}-q{number}": (members["jpg"], question["question"], [question["answer"]], question["kind"])
             for key, members in images.items()
@@ -48,7 +37,7 @@ def test_questions_become_samples_and_a_model_answers_them(
     assert (made / "tokenizer.json").read_bytes() == (scenes_root / "tokenizer.json").read_bytes()
     moevlm("data", "answers", QUESTIONS)
     counted = json.loads((made / "answers.json").read_text())
-    train = [json.loads(members["json"])["answers"][0] for members in read_samples(made, "train").values()]
+    train = [json.loads(members["json"])["answers"][0] for members in read_members(made, "train").values()]
     assert dict(zip(counted["answers"], counted["counts"], strict=True)) == {each: train.count(each) for each in train}
     assert counted["counts"] == sorted(counted["counts"], reverse=True)
     fit = ["-c", "conf/quickstart.yaml", "-c", "conf/tasks/vqa.yaml", *SMALL]

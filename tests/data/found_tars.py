@@ -11,12 +11,11 @@ import pytest
 
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.format.manifest import SPLITS
-from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
 from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames
-from tests.data.sources import caption, make_image
+from tests.data.sources import caption, make_image, write_set
 
 Files = Sequence[tuple[str, bytes]]
 
@@ -46,15 +45,12 @@ def folder_of(folder: Path, *tars: Files) -> Path:
 LICENCE = Licence("CC BY 4.0", "", "")
 
 
-FORM = SetOptions(ImageOptions("jpg", None), 16, 400)
-
-
 def keep(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = DEFAULT_NAMES) -> Converted:
     return keep_tars(folder, "found", out, LICENCE, 400, ConvertOptions(max_bad, 1, False), names)
 
 
 def write_anew(folder: Path, out: Path, max_bad: int = 0, names: MemberNames = DEFAULT_NAMES) -> Converted:
-    return convert(Img2datasetSource(folder, "found", names), out, LICENCE, FORM, ConvertOptions(max_bad, 1, False))
+    return write_set(Img2datasetSource(folder, "found", names), out, max_bad, licence=LICENCE)
 
 
 BOTH = pytest.mark.parametrize("convert_it", [keep, write_anew])

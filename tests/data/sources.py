@@ -10,12 +10,21 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions
+from lightning_moevlm.data.images.encode import ImageFormat
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
+from lightning_moevlm.data.write.convert.sources.row_source import Source
 
-OPTIONS = (SetOptions(ImageOptions("jpg", None), 16, 400), ConvertOptions(0, 1, False))
-"""Shards of 16 samples with images as they are, 400 token ids; no bad rows, one process."""
+CC0 = Licence("CC0", "", "")
 WORDS = ("red", "green", "blue", "round", "flat", "tall", "old", "new")
+
+
+def write_set(
+    source: Source, out: Path, max_bad: int = 0, *, image_format: ImageFormat = "jpg", licence: Licence = CC0
+) -> Converted:
+    """Convert a source to shards of 16 samples with images as they are, 400 token ids."""
+    form = SetOptions(ImageOptions(image_format, None), 16, 400)
+    return convert(source, out, licence, form, ConvertOptions(max_bad, 1, False))
 
 
 def make_image(number: int, extension: str = "jpg", size: tuple[int, int] = (40, 32)) -> bytes:

@@ -6,17 +6,16 @@ import tarfile
 from pathlib import Path
 
 from lightning_moevlm.data.format.manifest import read_manifest
-from lightning_moevlm.data.write.convert.convert import Converted, convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
+from lightning_moevlm.data.write.convert.convert import Converted
 from lightning_moevlm.data.write.convert.sources.sets.statements import SetStatements
 from lightning_moevlm.data.write.demo.drawing_catalogue import DRAWINGS
-from tests.data.sources import OPTIONS
+from tests.data.sources import write_set
 
 NUMBERS = {"no": 0, "one": 1, "two": 2, "three": 3, "four": 4}
 
 
 def convert_statements(scenes: Path, out: Path, per_image: float = 1.0, seed: int = 0) -> Converted:
-    return convert(SetStatements(scenes, None, per_image, seed), out, Licence("CC0", "", ""), *OPTIONS)
+    return write_set(SetStatements(scenes, None, per_image, seed), out)
 
 
 def read_members(root: Path, split: str) -> dict[str, dict[str, bytes]]:

@@ -25,10 +25,9 @@ from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSo
 from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 from lightning_moevlm.model.backbones import VLMoE
 from lightning_moevlm.model.layers import initialise
-from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import Telemetry
-from tests.data.sources import OPTIONS, write_csv
+from tests.data.sources import write_csv, write_set
 from tests.small_model import small_moe
 from tests.training.small_fit import Memory
 
@@ -82,7 +81,7 @@ def test_a_run_begins_with_the_share_of_each_source(
     tmp_path: Path, scenes_root: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     questions = tmp_path / "questions"
-    convert(SetQuestions(scenes_root, None), questions, Licence("CC0", "", ""), *OPTIONS)
+    write_set(SetQuestions(scenes_root, None), questions)
     lengths = _lengths(scenes_root)
     limit = sorted(lengths)[60]
     share = sum(length > limit for length in lengths) / 120
@@ -112,7 +111,7 @@ def test_a_run_begins_with_the_share_of_each_source(
 
 
 def _backbone(max_text_len: int) -> VLMoE:
-    moe = small_moe(2, partial(TopKRouter, top_k=1), None, None)
+    moe = small_moe(num_experts=2)
     backbone = VLMoE(
         dim=32,
         num_heads=2,

@@ -15,14 +15,14 @@ def test_links_open_the_machine_learning_view() -> None:
 
 
 def test_addresses() -> None:
-    assert ui_address("sqlite:////runs/mlflow.db", port=5001) == "http://127.0.0.1:5001"
+    assert ui_address("sqlite:////runs/mlflow.db") == "http://127.0.0.1:5000"
     assert ui_address("https://me:pw@host/mlflow/") == "https://***@host/mlflow"
 
 
 def test_server_command_survives_a_shell() -> None:
-    command = server_command("sqlite:////my runs/mlflow.db", port=5001)
+    command = server_command("sqlite:////my runs/mlflow.db")
     assert command is not None
     words = shlex.split(command)
-    assert words[:6] == ["mlflow", "server", "--host", "127.0.0.1", "--port", "5001"]
+    assert words[:6] == ["mlflow", "server", "--host", "127.0.0.1", "--port", "5000"]
     assert words[-2:] == ["--backend-store-uri", "sqlite:////my runs/mlflow.db"]
     assert server_command("http://127.0.0.1:5000") is None

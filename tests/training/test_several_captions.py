@@ -12,15 +12,13 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.read.join_batches import join_batches
-from lightning_moevlm.data.write.convert.convert import convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.sources.benchmarks.karpathy import KarpathyCaptions
 from lightning_moevlm.model.generation import Decoding
 from lightning_moevlm.model.objectives import Contrastive, Joint, Matching, NextToken
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import CaptionScores, UnigramPerplexity
 from tests.data.benchmarks import karpathy_source
-from tests.data.sources import OPTIONS
+from tests.data.sources import write_set
 from tests.training.callbacks.test_caption_scores import captioner
 
 CAPTIONS_OF = {"matching": Matching, "caption": NextToken}
@@ -30,7 +28,7 @@ CAPTIONS_OF = {"matching": Matching, "caption": NextToken}
 def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """3 validation images with 3 captions each."""
     folder = tmp_path_factory.mktemp("karpathy")
-    convert(KarpathyCaptions(karpathy_source(folder), folder, None), folder / "set", Licence("CC0", "", ""), *OPTIONS)
+    write_set(KarpathyCaptions(karpathy_source(folder), folder, None), folder / "set")
     return folder / "set"
 
 

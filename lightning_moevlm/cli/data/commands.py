@@ -185,7 +185,7 @@ def show(
 
     storage = ShardStorage(path)
     if out:
-        target = local_target(out, "--out")
+        target = local_target(out)
     else:
         folder = _local(storage).resolve()
         target = folder.with_name(f"{folder.name}.html")
@@ -219,7 +219,7 @@ def codebook(
     from lightning_moevlm.data.storage.shard_storage import ShardStorage
 
     storage = ShardStorage(path)
-    target = local_target(out, "--out") if out else _local(storage) / codebook_file(num_codes, patch_size)
+    target = local_target(out) if out else _local(storage) / codebook_file(num_codes, patch_size)
     fitted = fit_codebook(storage, num_codes, patch_size, seed, max_samples)
     with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +247,7 @@ def answers(path: str, num_answers: int | None = None, annotation: str = "answer
     if num_answers is not None:
         check_number("num_answers", num_answers, least=1)
     storage = ShardStorage(path)
-    target = local_target(out, "--out") if out else _local(storage) / ANSWERS_FILE
+    target = local_target(out) if out else _local(storage) / ANSWERS_FILE
     counted, coverage = count_answers(storage, num_answers, Annotation(annotation))
     with explain_write_errors(target):
         target.parent.mkdir(parents=True, exist_ok=True)

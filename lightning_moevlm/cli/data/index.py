@@ -56,7 +56,7 @@ def index(
 
     if out is None:
         raise UserError("moevlm data index needs the folder of the set: --out DIR; the tars stay where they are")
-    target = local_target(out, "--out")
+    target = local_target(out)
     options = IndexOptions(
         name,
         Licence(licence, licence_url, attribution),

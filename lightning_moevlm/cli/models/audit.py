@@ -60,7 +60,7 @@ def audit(
         check_number("image_size", image_size, least=1)
     if batch_size < 2 or batch_size % 2:
         raise UserError(f"batch_size is {batch_size}: choose an even number, since its halves are compared")
-    target = local_target(f"audit_{_name(path, configuration)}.html" if out is None else out, "--out")
+    target = local_target(f"audit_{_name(path, configuration)}.html" if out is None else out)
     check_writable_file(target, "out")
     if json not in (None, "-"):
         check_writable_file(Path(json), "json")

@@ -42,7 +42,7 @@ def export(
     from lightning_moevlm.training.checkpoints.export import export_model
 
     path = Path(checkpoint)
-    target = local_target(str(path.with_suffix("")) if out is None else out, "--out")
+    target = local_target(str(path.with_suffix("")) if out is None else out)
     refuse_occupied(target, force)
     run = load_run(path, configuration)
 

@@ -89,15 +89,6 @@ def replay(
     return 0 if found.proof.holds and not found.refused else 1
 
 
-def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Return a command line in which --with, which may be repeated, is the option of its list."""
-    full: list[str] = []
-    for word in words:
-        name, equals, value = word.partition("=")
-        full.append(f"--changes+{equals}{value}" if name == "--with" else word)
-    return full
-
-
 class _Found(NamedTuple):
     """The result of a replay."""
 

@@ -27,7 +27,7 @@ def local_source(text: str, option: str) -> Path:
     )
 
 
-def local_target(text: str, option: str) -> Path:
+def local_target(text: str) -> Path:
     """Return the path of an output.
 
     Raises:
@@ -36,7 +36,7 @@ def local_target(text: str, option: str) -> Path:
     address = _address(text)
     if address is not None or text.startswith("pipe:"):
         shown = text if address is None else address[1]
-        raise UserError(f"{option} {shown} is an address, but outputs are written to local folders only; give a path")
+        raise UserError(f"--out {shown} is an address, but outputs are written to local folders only; give a path")
     return Path(text)
 
 

@@ -71,7 +71,7 @@ def find_existing_set(out: Path, recipe: Recipe, force: bool) -> Manifest | None
     Raises:
         UserError: if `out` holds something else than a set, or another set and `force` is off.
     """
-    local_target(str(out), "--out")
+    local_target(str(out))
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; give a folder")
     if not out.exists() or not any(out.iterdir()):

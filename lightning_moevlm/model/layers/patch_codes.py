@@ -1,6 +1,6 @@
 """Codes of image patches before the model sees them, for hash routing.
 
-    without a codebook: the signs of `num_bits` fixed random projections of the standardised patch, read as a number,
+    without a codebook: the signs of NUM_BITS fixed random projections of the standardised patch, read as a number,
                         so that similar patches tend to share a code (locality-sensitive hashing, Charikar 2002)
     with a codebook:    the nearest of its k-means centres (`moevlm data codebook`)
 
@@ -17,6 +17,7 @@ from lightning_moevlm.contracts.codebook import load_codebook, nearest_codes, st
 from lightning_moevlm.contracts.model_card import Costs
 
 HIDDEN = -1
+NUM_BITS = 10
 
 
 class PatchCodes(nn.Module):
@@ -24,7 +25,6 @@ class PatchCodes(nn.Module):
 
     Args:
         patch_size: pixels per side.
-        num_bits: 2^num_bits codes without a codebook.
         codebook: file of `moevlm data codebook`; null takes random projections.
 
     Raises:
@@ -33,10 +33,9 @@ class PatchCodes(nn.Module):
 
     projection_QN: Tensor
 
-    def __init__(self, patch_size: int, num_bits: int = 10, codebook: str | None = None) -> None:
+    def __init__(self, patch_size: int, codebook: str | None = None) -> None:
         super().__init__()
         self.patch_size = patch_size
-        self.num_bits = num_bits
         self.codebook = None if codebook is None else load_codebook(Path(codebook))
         if self.codebook is not None and self.codebook.patch_size != patch_size:
             raise UserError(
@@ -44,7 +43,7 @@ class PatchCodes(nn.Module):
                 "fit one with `moevlm data codebook --patch-size`, or change patch_size"
             )
         generator = torch.Generator("cpu").manual_seed(0)
-        projection_QN = torch.randn(3 * patch_size**2, num_bits, generator=generator, dtype=torch.float32, device="cpu")
+        projection_QN = torch.randn(3 * patch_size**2, NUM_BITS, generator=generator, dtype=torch.float32, device="cpu")
         self.register_buffer("projection_QN", projection_QN, persistent=False)
 
     def costs(self, num_patches: int) -> Costs:
@@ -62,5 +61,5 @@ class PatchCodes(nn.Module):
         else:
             patches_BPQ = standardise_patches(images_BRYX, self.patch_size)
             bits_BPN = (patches_BPQ @ self.projection_QN.to(patches_BPQ.dtype) > 0).to(torch.int64)
-            code_BP = (bits_BPN << torch.arange(self.num_bits, device=bits_BPN.device)).sum(dim=-1)
+            code_BP = (bits_BPN << torch.arange(NUM_BITS, device=bits_BPN.device)).sum(dim=-1)
         return code_BP if hidden_BP is None else torch.where(hidden_BP, HIDDEN, code_BP)

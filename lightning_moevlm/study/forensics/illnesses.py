@@ -26,10 +26,9 @@ class Evidence(NamedTuple):
     steps: Sequence[RecordedStep]
     """All recorded ones, oldest first."""
 
-    def first(self, kind: str, up: bool = True, within: str = "") -> Moved | None:
-        """Return the first quantity of a kind that moved up or down, its name containing a text."""
-        fitting = (one for one in self.moved if one.kind == kind and within in one.quantity)
-        return next((one for one in fitting if (one.score > 0) == up), None)
+    def first(self, kind: str, up: bool = True) -> Moved | None:
+        """Return the first quantity of a kind that moved up or down."""
+        return next((one for one in self.moved if one.kind == kind and (one.score > 0) == up), None)
 
 
 Sign = Callable[[Evidence], tuple[int, str] | None]

@@ -16,13 +16,12 @@ _LOOK_SECONDS = 2.0
 
 
 class EarlyStop:
-    """Checks the running runs every `look_seconds` seconds."""
+    """Checks the running runs every two seconds."""
 
-    def __init__(self, plan: Plan, experiment: StudyRuns, look_seconds: float = _LOOK_SECONDS) -> None:
+    def __init__(self, plan: Plan, experiment: StudyRuns) -> None:
         self._plan = plan
         self._experiment = experiment
-        self._look_seconds = look_seconds
-        self._next = time.monotonic() + look_seconds
+        self._next = time.monotonic() + _LOOK_SECONDS
 
     @property
     def is_due(self) -> bool:
@@ -35,7 +34,7 @@ class EarlyStop:
         Raises:
             MlflowException, OSError: The store does not answer.
         """
-        self._next = time.monotonic() + self._look_seconds
+        self._next = time.monotonic() + _LOOK_SECONDS
         rule, found = self._plan.comparison.diverged, []
         withdrawn = {arm: find_withdrawal(self._plan, arm, self._experiment) for arm in {run.arm for run in runs}}
         for run in runs:

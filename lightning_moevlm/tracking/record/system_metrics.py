@@ -63,8 +63,6 @@ class SystemSampler:
 
 
 def _probes() -> "list[BaseMetricsMonitor]":
-    if find_spec("psutil") is None:
-        return []
     from mlflow.system_metrics.metrics.cpu_monitor import CPUMonitor
     from mlflow.system_metrics.metrics.disk_monitor import DiskMonitor
     from mlflow.system_metrics.metrics.gpu_monitor import GPUMonitor

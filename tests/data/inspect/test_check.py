@@ -7,10 +7,8 @@ from pathlib import Path
 from lightning_moevlm.data.format.manifest import file_sha256, read_manifest
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import ConvertOptions, Licence, SetOptions, convert
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
-from tests.data.sources import caption, csv_source, make_image, write_csv
+from tests.data.sources import caption, csv_source, make_image, write_csv, write_set
 
 
 def _rewrite(root: Path, number: int, name_ends: str, data: bytes | None) -> str:
@@ -99,13 +97,7 @@ def test_the_card_counts_what_occurs_twice(tmp_path: Path) -> None:
     rows = [[f"{i}.jpg", caption(i), split] for i, split in enumerate(splits)]
     table = write_csv(tmp_path / "t.csv", ["image", "caption", "split"], rows)
     source = CsvSource(table, None, None, Columns("image", "caption", None, "split"))
-    convert(
-        source,
-        tmp_path / "set",
-        Licence("CC0", "", ""),
-        SetOptions(ImageOptions("jpg", None), 16, 400),
-        ConvertOptions(0, 1, False),
-    )
+    write_set(source, tmp_path / "set")
     report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and report.faults == {}
     duplicates = [(card.duplicates_within, card.duplicates_across) for card in report.cards]
@@ -122,13 +114,7 @@ def test_sets_of_one_modality_have_a_card(tmp_path: Path) -> None:
         (Columns("image", None, None, None), "p", "images"),
     ):
         source = CsvSource(table, tmp_path / "images", name, columns)
-        convert(
-            source,
-            tmp_path / name,
-            Licence("CC0", "", ""),
-            SetOptions(ImageOptions("jpg", None), 16, 400),
-            ConvertOptions(0, 1, False),
-        )
+        write_set(source, tmp_path / name)
         report = check_set(ShardStorage(str(tmp_path / name)))
         assert report.problems == () and {card.modality for card in report.cards} == {modality}
         assert all((card.caption_max > 0) is (name == "t") for card in report.cards)

@@ -12,10 +12,9 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import read_manifest
 from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
-from lightning_moevlm.data.write.convert.convert import ConvertOptions, Licence, SetOptions, convert
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions
+from lightning_moevlm.data.write.convert.convert import Licence
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
-from tests.data.sources import OPTIONS, caption, csv_source, jsonl_source, make_image, write_images
+from tests.data.sources import caption, csv_source, jsonl_source, make_image, write_images, write_set
 
 EVIL = '<script>alert(1)</script><img src=x onerror="alert(2)">'
 
@@ -62,7 +61,7 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, None))
     licence = Licence(EVIL, EVIL, EVIL)
-    convert(source, tmp_path / "set", licence, *OPTIONS)
+    write_set(source, tmp_path / "set", licence=licence)
     page = write_page(ShardStorage(str(tmp_path / "set")), "train", 3, "ONERROR", tmp_path / "page.html")
     assert len(page.samples) == 3
     elements = Elements(tmp_path / "page.html")
@@ -77,13 +76,7 @@ def test_nothing_in_the_data_becomes_markup(tmp_path: Path) -> None:
 
 def test_a_filter_looks_at_keys_captions_and_annotations(tmp_path: Path) -> None:
     source = JsonlSource(jsonl_source(tmp_path, 60), None, None, Columns("image", "caption", None, None))
-    convert(
-        source,
-        tmp_path / "set",
-        Licence("CC0", "", ""),
-        SetOptions(ImageOptions("jpg", None), 16, 400),
-        ConvertOptions(0, 1, False),
-    )
+    write_set(source, tmp_path / "set")
     everything = write_page(ShardStorage(str(tmp_path / "set")), "train", 100, None, tmp_path / "page.html").samples
     key = everything[7].key
     assert [
@@ -99,13 +92,7 @@ def test_texts_alone_and_images_alone(tmp_path: Path) -> None:
     table = csv_source(tmp_path, 60)
     for columns, name in ((Columns(None, "caption", None, None), "t"), (Columns("image", None, None, None), "p")):
         source = CsvSource(table, tmp_path / "images", name, columns)
-        convert(
-            source,
-            tmp_path / name,
-            Licence("CC0", "", ""),
-            SetOptions(ImageOptions("png", None), 16, 400),
-            ConvertOptions(0, 1, False),
-        )
+        write_set(source, tmp_path / name, image_format="png")
         page = write_page(ShardStorage(str(tmp_path / name)), "val", 4, None, tmp_path / "page.html")
         assert page.modality == {"t": "texts", "p": "images"}[name]
         images = [tag for tag, _ in Elements(tmp_path / "page.html").tags if tag == "img"]
@@ -118,13 +105,7 @@ def test_large_images_are_shown_small(tmp_path: Path) -> None:
     rows = [{"image": f"{i}.jpg", "caption": caption(i), "split": s} for i, s in enumerate(("train", "val", "test"))]
     (tmp_path / "t.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns("image", "caption", None, "split"))
-    convert(
-        source,
-        tmp_path / "set",
-        Licence("CC0", "", ""),
-        SetOptions(ImageOptions("jpg", None), 16, 400),
-        ConvertOptions(0, 1, False),
-    )
+    write_set(source, tmp_path / "set")
     page = write_page(ShardStorage(str(tmp_path / "set")), "val", 9, None, tmp_path / "page.html")
     (sample,) = page.samples
     (image,) = sample.images

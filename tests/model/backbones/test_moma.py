@@ -68,7 +68,7 @@ def test_one_expert_takes_every_token_and_its_router_learns() -> None:
 
 
 def test_groups_may_differ_in_size() -> None:
-    one, seven = (small_moe(number, TopKRouter, None, None) for number in (1, 7))
+    one, seven = (small_moe(num_experts=number) for number in (1, 7))
     model = SMALL(num_blocks=1, moe=one, text_moe=seven)
     assert [module.num_experts for module in model.modules() if isinstance(module, MoEFFN)] == [1, 7]
     with pytest.raises(UserError, match="text_moe describes the text experts of a grouped MoMa"):

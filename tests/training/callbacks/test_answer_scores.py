@@ -14,14 +14,12 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.answer_list import AnswerList, write_answers
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.read.mixture import Source
-from lightning_moevlm.data.write.convert.convert import convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 from lightning_moevlm.model.generation import Decoding, Generated
 from lightning_moevlm.model.metrics.tasks.vqa import vqa_accuracy
 from lightning_moevlm.model.objectives import AnswerClassification, Joint, MaskedModelling, NextToken
 from lightning_moevlm.training.callbacks import AnswerScores
-from tests.data.sources import OPTIONS
+from tests.data.sources import write_set
 from tests.training.callbacks.test_caption_scores import captioner
 
 ANSWERING = partial(NextToken, answers_only=True)
@@ -31,7 +29,7 @@ GENERATE = "lightning_moevlm.training.callbacks.tasks.replies.generate"
 @pytest.fixture(scope="module")
 def questions(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets") / "questions"
-    convert(SetQuestions(scenes_root, None), root, Licence("CC0", "", ""), *OPTIONS)
+    write_set(SetQuestions(scenes_root, None), root)
     return root
 
 

@@ -11,7 +11,6 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.model.backbones import LIMoE
 from lightning_moevlm.model.generation import Decoding
 from lightning_moevlm.model.objectives import Contrastive, Joint, MaskedModelling, NextToken
-from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import CaptionScores
 from tests.small_model import small_moe
@@ -21,7 +20,7 @@ def captioner(objective: object = NextToken, max_text_len: int = 24) -> VisionLa
     backbone = LIMoE(
         dim=32, num_heads=2, num_blocks=2, hidden_dim=64, image_size=32, patch_size=16, vocab_size=400,
         max_text_len=max_text_len,
-        moe=small_moe(4, TopKRouter, None, None),
+        moe=small_moe(),
     )  # fmt: skip
     return VisionLanguageModule(backbone, objective, init_std=0.3)  # type: ignore[arg-type]
 

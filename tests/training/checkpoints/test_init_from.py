@@ -27,7 +27,7 @@ RENORMALISED = partial(TopKRouter, top_k=2, renormalise=True)
 def limoe(num_experts: int = 4, hidden_dim: int = 48, **options: object) -> LIMoE:
     """A LIMoE whose blocks 1 and 3 are sparse; with one expert they are dense but for the name."""
     router = options.pop("router", RENORMALISED if num_experts > 1 else TopKRouter)
-    moe = small_moe(num_experts, router, None, None)  # type: ignore[arg-type]
+    moe = small_moe(num_experts=num_experts, router=router)  # type: ignore[arg-type]
     moe.keywords["experts"].keywords["hidden_dim"] = hidden_dim
     return LIMoE(
         dim=32, num_heads=2, num_blocks=4, hidden_dim=64, image_size=16, patch_size=8, vocab_size=300, max_text_len=8,

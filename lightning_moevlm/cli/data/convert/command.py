@@ -66,7 +66,7 @@ class ConvertCommand:
         raise NotImplementedError
 
     def _target(self, name: str) -> Path:
-        return local_target(f"data/shards/{name}" if self.out is None else self.out, "--out")
+        return local_target(f"data/shards/{name}" if self.out is None else self.out)
 
     def _collect(self) -> "Shared":
         from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions

@@ -66,15 +66,15 @@ class RetrievalRecalls(Measure):
         self._own = []
 
 
-def retrieval_recalls(embeddings: Embeddings, at: Sequence[int] = AT) -> list[Recall]:
+def retrieval_recalls(embeddings: Embeddings) -> list[Recall]:
     """Return recalls both ways; equal images count as one candidate, as do equal texts."""
     image_MD, image_N = _select_unique(embeddings.image_ids, embeddings.image_ND)
     text_MD, text_N = _select_unique(embeddings.text_ids, embeddings.text_ND)
     pairs = sorted(set(zip(image_N, text_N, strict=True)))
     images, texts = (torch.tensor(column) for column in zip(*pairs, strict=True))
     return [
-        *_direction("image_to_text", image_MD, text_MD, images, texts, at),
-        *_direction("text_to_image", text_MD, image_MD, texts, images, at),
+        *_direction("image_to_text", image_MD, text_MD, images, texts),
+        *_direction("text_to_image", text_MD, image_MD, texts, images),
     ]
 
 
@@ -107,9 +107,7 @@ def _select_unique(ids: Sequence[int], values_ND: Tensor) -> tuple[Tensor, list[
     return values_ND[[first[each] for each in row]], [row[each] for each in ids]
 
 
-def _direction(
-    name: str, query_QD: Tensor, candidate_CD: Tensor, queries: Tensor, answers: Tensor, at: Sequence[int]
-) -> list[Recall]:
+def _direction(name: str, query_QD: Tensor, candidate_CD: Tensor, queries: Tensor, answers: Tensor) -> list[Recall]:
     """queries, answers: rows of query and candidate that belong together, each pair once."""
     rank_Q = torch.empty(len(query_QD), dtype=torch.int64)
     for start in range(0, len(query_QD), _QUERIES):
@@ -120,9 +118,9 @@ def _direction(
         best = similarity.masked_fill(~is_answer, -torch.inf).amax(dim=1, keepdim=True)
         rank_Q[start : start + _QUERIES] = ((similarity >= best) & ~is_answer).sum(dim=1)
     num_answers = torch.bincount(queries, minlength=len(query_QD)).tolist()
-    chance = [sum(_chance(len(candidate_CD), num, k) for num in num_answers) / len(num_answers) for k in at]
+    chance = [sum(_chance(len(candidate_CD), num, k) for num in num_answers) / len(num_answers) for k in AT]
     return [
-        Recall(name, k, float((rank_Q < k).double().mean()), by_luck) for k, by_luck in zip(at, chance, strict=True)
+        Recall(name, k, float((rank_Q < k).double().mean()), by_luck) for k, by_luck in zip(AT, chance, strict=True)
     ]
 
 

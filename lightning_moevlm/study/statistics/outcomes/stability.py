@@ -113,8 +113,8 @@ def divergence_step(series: Mapping[str, Series]) -> int | None:
     return min(bad) if bad else max((one.steps[-1] for one in losses), default=None)
 
 
-def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW, deviations: float = SPIKE_DEVIATIONS) -> Spikes:
-    """Find the points that lie `deviations` or more from the mean of the up to `window` points before them.
+def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW) -> Spikes:
+    """Find the points that lie `SPIKE_DEVIATIONS` or more from the mean of the up to `window` points before them.
 
     Standard deviations are the population's. After points without spread, every other value is a spike.
     """
@@ -124,8 +124,8 @@ def spikes(values: tuple[float, ...], window: int = SPIKE_WINDOW, deviations: fl
         if known < _LEAST_WINDOW:
             is_spike.append(False)
         else:
-            distance = abs(value - means[known])
-            is_spike.append(not (math.isfinite(value) and (distance == 0 or distance < deviations * spreads[known])))
+            distance, limit = abs(value - means[known]), SPIKE_DEVIATIONS * spreads[known]
+            is_spike.append(not (math.isfinite(value) and (distance == 0 or distance < limit)))
             judged += 1
         known += math.isfinite(value)
     return Spikes(tuple(is_spike), judged)

@@ -17,11 +17,11 @@ from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
-from tests.data.sources import OPTIONS, caption, img2dataset_source, make_image
+from tests.data.sources import caption, img2dataset_source, make_image, write_set
 from tests.data.write.convert.test_convert import contents, members
 
 LICENCE = Licence("CC BY 4.0", "", "")
@@ -76,7 +76,7 @@ def test_where_links_are_not_possible_tars_are_copied(tmp_path: Path, monkeypatc
 def test_samples_are_written_anew(tmp_path: Path) -> None:
     folder = img2dataset_source(tmp_path / "in", 2, 30)
     source = Img2datasetSource(folder, "web")
-    convert(source, tmp_path / "set", LICENCE, *OPTIONS)
+    write_set(source, tmp_path / "set")
     found = members(tmp_path / "set")
     assert len(found) == 2 * 30 * 3
     # the fourth sample of the second tar is number 33; its key counts the downloads that failed
@@ -152,7 +152,7 @@ def test_webp_is_trained_on_as_it_is_or_written_anew(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"images of several formats.*--image_format jpg"):
         ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, decode="device").prepare_data()
     source = Img2datasetSource(folder, "web")
-    convert(source, tmp_path / "set", LICENCE, *OPTIONS)
+    write_set(source, tmp_path / "set")
     assert read_manifest(tmp_path / "set").members == ("jpg", "json", "txt")
 
 
@@ -164,7 +164,7 @@ def test_other_spellings_of_jpg_are_read_as_it(tmp_path: Path, spelling: str) ->
     assert check_set(ShardStorage(str(tmp_path / "kept"))).problems == ()
     data = ShardDataModule(str(tmp_path / "kept"), 4, 16, 16, 400, num_streams=2)
     assert sum(batch.num_samples for batch in data.val_dataloader()) == 30
-    convert(Img2datasetSource(folder, "web"), tmp_path / "anew", LICENCE, FORM, ConvertOptions(0, 1, False))
+    write_set(Img2datasetSource(folder, "web"), tmp_path / "anew")
     assert members(tmp_path / "anew")["web-000000000.jpg"] == make_image(0)
 
 
@@ -174,7 +174,7 @@ def test_bytes_decide_the_format_of_images(tmp_path: Path) -> None:
     manifest = keep(folder, tmp_path / "set").manifest
     assert manifest.members == ("json", "png", "txt") and manifest.layout.stored_as == {"png": ("jpg",)}
     assert check_set(ShardStorage(str(tmp_path / "set"))).problems == ()
-    converted = convert(Img2datasetSource(folder, "web"), tmp_path / "anew", LICENCE, FORM, ConvertOptions(0, 1, False))
+    converted = write_set(Img2datasetSource(folder, "web"), tmp_path / "anew")
     assert converted.left_out == ()
 
 

@@ -8,11 +8,9 @@ import pytest
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
-from lightning_moevlm.data.write.convert.convert import convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.sources.llava import Llava
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, Row
-from tests.data.sources import OPTIONS, make_image
+from tests.data.sources import make_image, write_set
 
 
 def said(*texts: str) -> list[dict[str, str]]:
@@ -90,10 +88,7 @@ def test_other_files_are_refused(tmp_path: Path) -> None:
 def test_the_set_trains_with_and_without_a_processor(tmp_path: Path) -> None:
     """Without one, the first turn is a question with its answer."""
     root = tmp_path / "set"
-    convert(
-        Llava(write(tmp_path, [entry(number) for number in range(40)]), tmp_path, None, "images"), root,
-        Licence("CC0", "", ""), *OPTIONS,
-    )  # fmt: skip
+    write_set(Llava(write(tmp_path, [entry(number) for number in range(40)]), tmp_path, None, "images"), root)
     data = ShardDataModule(str(root), 4, 16, 60, 400, annotation="answers", append_answer=True)
     batch = next(iter(data.val_dataloader()))
     assert batch.answers is not None and batch.text_BL is not None

@@ -12,14 +12,13 @@ from lightning_moevlm.data.format.manifest import SPLITS
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions, convert
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions, read_image
+from lightning_moevlm.data.write.convert.shard_image import read_image
 from lightning_moevlm.data.write.convert.sources.benchmarks.coco_captions import CocoCaptions
 from lightning_moevlm.data.write.convert.sources.benchmarks.coco_questions import CocoQuestions
 from lightning_moevlm.data.write.convert.sources.csv_format import CsvFormat
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, ImageLocation, Row, RowError, Source
-from tests.data.sources import OPTIONS, coco_source, make_image, vqa_source, write_csv, write_images
+from tests.data.sources import coco_source, make_image, vqa_source, write_csv, write_images, write_set
 
 COLUMNS = Columns("image", "caption", None, None)
 
@@ -50,13 +49,7 @@ def test_a_name_that_no_file_can_have_is_a_missing_image(tmp_path: Path) -> None
     questions.write_text(json.dumps({**json.loads(questions.read_text()), "data_subtype": "\ud800"}))
     source = CocoQuestions(questions, annotations, tmp_path, None, None, None)
     with pytest.raises(TooManyBadError, match=r"4 rows are bad.*not a file name: it is not UTF-8"):
-        convert(
-            source,
-            tmp_path / "set",
-            Licence("X", "", ""),
-            SetOptions(ImageOptions("jpg", None), 16, 400),
-            ConvertOptions(0, 1, False),
-        )
+        write_set(source, tmp_path / "set")
 
 
 @pytest.mark.parametrize(("delimiter", "sign"), [("\t", "\t"), (";", ";")])
@@ -98,20 +91,14 @@ def test_a_source_with_bad_rows_alone_reports_them(tmp_path: Path) -> None:
     table.write_bytes(b"image,caption\n1.jpg,caf\xe9\n")
     source = CsvSource(table, None, None, COLUMNS)
     with pytest.raises(TooManyBadError, match="text_not_utf8"):
-        convert(
-            source,
-            tmp_path / "set",
-            Licence("X", "", ""),
-            SetOptions(ImageOptions("jpg", None), 16, 400),
-            ConvertOptions(9, 1, False),
-        )
+        write_set(source, tmp_path / "set", 9)
 
 
 def test_a_table_of_windows_is_read_in_its_encoding(tmp_path: Path) -> None:
     table = tmp_path / "t.csv"
     table.write_bytes("image;caption\r\nsub\\1.jpg;café\r\n".encode("cp1252"))
     with pytest.raises(TooManyBadError, match=r"name the encoding of the table, as with --encoding cp1252"):
-        run(CsvSource(table, None, None, COLUMNS, CsvFormat(";")), tmp_path / "set")
+        write_set(CsvSource(table, None, None, COLUMNS, CsvFormat(";")), tmp_path / "set")
     write_images(tmp_path, ["sub/1.jpg"])
     (row,) = CsvSource(table, None, None, COLUMNS, CsvFormat(";", "cp1252")).rows()
     assert isinstance(row, Row) and row.caption == "café" and row.image is not None
@@ -192,7 +179,7 @@ def test_lists_of_captions_in_lines_are_kept_whole(tmp_path: Path) -> None:
         {"image": f"{i}.jpg", "caption": [f"one {i}", f"two {i}"] if i % 2 == 0 else f"only {i}"} for i in range(60)
     ]
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    manifest = run(JsonlSource(tmp_path / "t.jsonl", None, None, COLUMNS), tmp_path / "set").manifest
+    manifest = write_set(JsonlSource(tmp_path / "t.jsonl", None, None, COLUMNS), tmp_path / "set").manifest
     assert manifest.members == ("jpg", "json") and manifest.layout.caption_field == "caption"
     report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and {card.modality for card in report.cards} == {"pairs"}
@@ -204,12 +191,8 @@ def test_leaving_rows_out_is_not_advised_where_the_table_is_misread(tmp_path: Pa
         rows = [["0.jpg", "a"]] * 60 + [["gone.jpg", "a"]] * num_bad
         table = write_csv(tmp_path / "t.csv", ["image", "caption"], rows)
         with pytest.raises(TooManyBadError, match=advice) as refused:
-            run(CsvSource(table, None, None, COLUMNS), tmp_path / "set")
+            write_set(CsvSource(table, None, None, COLUMNS), tmp_path / "set")
         assert ("--max_bad" in str(refused.value)) == (num_bad == 3)
-
-
-def run(source: Source, out: Path) -> Converted:
-    return convert(source, out, Licence("X", "", ""), *OPTIONS)
 
 
 def test_a_quote_over_two_lines_swallows_no_row(tmp_path: Path) -> None:
@@ -220,7 +203,7 @@ def test_a_quote_over_two_lines_swallows_no_row(tmp_path: Path) -> None:
 
 
 def test_one_of_an_images_captions_is_drawn(tmp_path: Path) -> None:
-    manifest = run(CocoCaptions(coco_source(tmp_path, 50), tmp_path, "coco", "draw"), tmp_path / "set").manifest
+    manifest = write_set(CocoCaptions(coco_source(tmp_path, 50), tmp_path, "coco", "draw"), tmp_path / "set").manifest
     assert manifest.members == ("jpg", "json", "txt") and manifest.layout.caption_field == "captions"
     assert sum(manifest.num_samples(split) for split in SPLITS) == 50
     data = ShardDataModule(str(tmp_path / "set"), 1, 16, 16, 400, num_streams=1)
@@ -236,7 +219,7 @@ def test_texts_alone_may_have_several_captions(tmp_path: Path) -> None:
     rows = [{"caption": [f"one {i // 2}", f"two {i // 2}"]} for i in range(120)]  # each twice
     (tmp_path / "t.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     source = JsonlSource(tmp_path / "t.jsonl", None, None, Columns(None, "caption", None, None))
-    assert run(source, tmp_path / "set").manifest.members == ("json",)
+    assert write_set(source, tmp_path / "set").manifest.members == ("json",)
     report = check_set(ShardStorage(str(tmp_path / "set")))
     assert report.problems == () and {card.modality for card in report.cards} == {"texts"}
     assert sum(card.duplicates_within for card in report.cards) == 60 and not any(

@@ -28,8 +28,6 @@ from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions, Turn
-from lightning_moevlm.data.write.convert.convert import convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 from lightning_moevlm.model.backbones import HuggingFaceModel
 from lightning_moevlm.model.generation import Decoding, generate_replies, rate_replies
@@ -37,7 +35,7 @@ from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import AnswerScores, CaptionScores, Liveness, Telemetry
-from tests.data.sources import OPTIONS
+from tests.data.sources import write_set
 from tests.model.backbones.adopted.small_chat import (
     IM_END,
     IMAGE_PAD,
@@ -232,7 +230,7 @@ def test_replies_after_images_of_any_size_are_those_of_whole_passes(qwen: ChatMa
 @pytest.fixture(scope="module")
 def questions(scenes_root: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("sets") / "questions"
-    convert(SetQuestions(scenes_root, None), root, Licence("CC0", "", ""), *OPTIONS)
+    write_set(SetQuestions(scenes_root, None), root)
     return root
 
 

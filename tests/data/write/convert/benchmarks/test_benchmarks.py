@@ -9,8 +9,6 @@ import pytest
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.sources.benchmarks.coco_questions import OkVqa
 from lightning_moevlm.data.write.convert.sources.benchmarks.gqa import Gqa
 from lightning_moevlm.data.write.convert.sources.benchmarks.karpathy import KarpathyCaptions
@@ -18,17 +16,13 @@ from lightning_moevlm.data.write.convert.sources.benchmarks.nlvr2 import Nlvr2
 from lightning_moevlm.data.write.convert.sources.benchmarks.textvqa import TextVqa
 from lightning_moevlm.data.write.convert.sources.row_source import Source
 from tests.data.benchmarks import SOURCES, karpathy_source, write_json
-from tests.data.sources import OPTIONS, caption, make_image
+from tests.data.sources import caption, make_image, write_set
 from tests.data.statement_set import read_members
 
 
 def source_of(kind: str, folder: Path) -> Source:
     images = {"gqa": folder / "images", "textvqa": folder / "train_images"}.get(kind, folder)
     return {"gqa": Gqa, "okvqa": OkVqa, "textvqa": TextVqa, "nlvr2": Nlvr2}[kind](folder, images, None)
-
-
-def into_set(source: Source, out: Path) -> Converted:
-    return convert(source, out, Licence("CC BY 4.0", "", ""), *OPTIONS)
 
 
 def questions_of(root: Path) -> dict[str, list[tuple[str, dict[str, object]]]]:
@@ -46,7 +40,7 @@ def questions_of(root: Path) -> dict[str, list[tuple[str, dict[str, object]]]]:
 
 def test_gqa(tmp_path: Path) -> None:
     SOURCES["gqa"](tmp_path)
-    assert into_set(source_of("gqa", tmp_path), tmp_path / "set").num_rows == 14
+    assert write_set(source_of("gqa", tmp_path), tmp_path / "set").num_rows == 14
     found = questions_of(tmp_path / "set")
     assert {split: len(questions) for split, questions in found.items()} == {"train": 16, "val": 6, "test": 6}
     assert {image for image, _ in found["test"]} == {"2400040", "2400041", "2400042"}
@@ -63,7 +57,7 @@ def test_gqa(tmp_path: Path) -> None:
 )
 def test_two_published_files(tmp_path: Path, kind: str, question: tuple[object, ...]) -> None:
     SOURCES[kind](tmp_path)
-    assert into_set(source_of(kind, tmp_path), tmp_path / "set").num_rows == 27
+    assert write_set(source_of(kind, tmp_path), tmp_path / "set").num_rows == 27
     found = questions_of(tmp_path / "set")
     # the published validation file is the test split; some training images are held out, the others all train
     assert len(found["test"]) == 3 and 0 < len(found["val"]) < 8 and len(found["train"]) == 24 - len(found["val"])
@@ -73,7 +67,7 @@ def test_two_published_files(tmp_path: Path, kind: str, question: tuple[object, 
 
 def test_nlvr2(tmp_path: Path) -> None:
     SOURCES["nlvr2"](tmp_path)
-    into_set(source_of("nlvr2", tmp_path), tmp_path / "set")
+    write_set(source_of("nlvr2", tmp_path), tmp_path / "set")
     for split, published, number in (("train", "train", 12), ("val", "dev", 4), ("test", "test1", 4)):
         members = read_members(tmp_path / "set", split)
         assert set(members) == {f"{published}-{i}-0-{k}" for i in range(number // 2) for k in (0, 1)}
@@ -92,7 +86,7 @@ def test_nlvr2(tmp_path: Path) -> None:
 @pytest.mark.parametrize("dataset", ["coco", "flickr30k"])
 def test_karpathy(tmp_path: Path, dataset: str) -> None:
     file = karpathy_source(tmp_path, dataset)
-    into_set(KarpathyCaptions(file, tmp_path, None), tmp_path / "set")
+    write_set(KarpathyCaptions(file, tmp_path, None), tmp_path / "set")
     train, val, test = (read_members(tmp_path / "set", split) for split in ("train", "val", "test"))
     assert (len(train), len(val), len(test)) == (8, 3, 3)
     for split, ids in ((train, range(8)), (val, range(8, 11)), (test, range(11, 14))):
@@ -120,7 +114,7 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
         write_json(wrong, [{"other": 1}])
         message = r"train.json line 1: .*the files of NLVR2" if kind == "nlvr2" else r"holds a JSON list; such files"
         with pytest.raises(UserError, match=message):
-            into_set(source_of(kind, folder), tmp_path / "set")
+            write_set(source_of(kind, folder), tmp_path / "set")
         write_json(wrong, {"version": {"other": 1}})
         message = {
             "gqa": "holds no questions of GQA by number, each with an imageId",
@@ -129,10 +123,10 @@ def test_wrong_files_are_refused_in_one_line(tmp_path: Path) -> None:
             "textvqa": "has no list 'data': give a file of TextVQA",
         }[kind]
         with pytest.raises(UserError, match=message):
-            into_set(source_of(kind, folder), tmp_path / "set")
+            write_set(source_of(kind, folder), tmp_path / "set")
     write_json(tmp_path / "dataset_coco.json", {"annotations": []})
     with pytest.raises(UserError, match=r"has no list 'images': give a file of Karpathy's splits"):
-        into_set(KarpathyCaptions(tmp_path / "dataset_coco.json", tmp_path, None), tmp_path / "set")
+        write_set(KarpathyCaptions(tmp_path / "dataset_coco.json", tmp_path, None), tmp_path / "set")
     with pytest.raises(UserError, match="there is no such folder"):
         Gqa(tmp_path / "nowhere", tmp_path, None)
     assert not (tmp_path / "set").exists()
@@ -146,7 +140,7 @@ def test_bad_entries_are_counted_by_cause(tmp_path: Path) -> None:
     content["images"][2]["sentences"][1]["raw"] = 3
     write_json(file, content)
     with pytest.raises(TooManyBadError) as error:
-        into_set(KarpathyCaptions(file, tmp_path, None), tmp_path / "set")
+        write_set(KarpathyCaptions(file, tmp_path, None), tmp_path / "set")
     assert {count.cause for count in error.value.counts} == {"split_unknown", "caption_empty", "row_malformed"}
     (tmp_path / "v").mkdir()
     SOURCES["nlvr2"](tmp_path / "v")
@@ -156,10 +150,9 @@ def test_bad_entries_are_counted_by_cause(tmp_path: Path) -> None:
     (tmp_path / "v/dev/dev-1-0-img0.png").write_bytes(make_image(1)[:50])
     source = source_of("nlvr2", tmp_path / "v")
     with pytest.raises(TooManyBadError) as error:
-        into_set(source, tmp_path / "set")
+        write_set(source, tmp_path / "set")
     assert [(count.cause, count.num_rows) for count in error.value.counts] == [("row_malformed", 1)]
-    lenient = OPTIONS[1].__class__(1, 1, False)
     with pytest.raises(TooManyBadError) as error:
-        convert(source, tmp_path / "set", Licence("CC0", "", ""), OPTIONS[0], lenient)
+        write_set(source, tmp_path / "set", 1)
     found = {count.cause: count.num_rows for count in error.value.counts}
     assert found == {"row_malformed": 1, "image_missing": 2, "image_undecodable": 2}
