@@ -19,10 +19,10 @@ from lightning_moevlm.data.read.mixture import Source
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.texts import decode_text
 from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
+from lightning_moevlm.data.write.finish_set import Licence
 from lightning_moevlm.model.backbones import VLMoE
 from lightning_moevlm.model.layers import initialise
 from lightning_moevlm.training import VisionLanguageModule

@@ -81,15 +81,7 @@ def build_scenes(
 
     with explain_write_errors(out):
         manifest, built = scenes.build_scenes(
-            Path(out),
-            num_samples,
-            image_size,
-            image_format,
-            num_drawings,
-            seed,
-            samples_per_shard,
-            vocab_size,
-            force,
+            Path(out), num_samples, image_size, image_format, num_drawings, seed, samples_per_shard, vocab_size, force
         )
     print_built(out, "built" if built else None, manifest)
 

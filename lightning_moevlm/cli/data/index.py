@@ -50,8 +50,8 @@ def index(
 
     from lightning_moevlm.data.storage.find_tars import find_tars
     from lightning_moevlm.data.write.convert.convert import ConvertOptions
-    from lightning_moevlm.data.write.convert.finish_set import Licence
     from lightning_moevlm.data.write.convert.sources.member_names import MemberNames
+    from lightning_moevlm.data.write.finish_set import Licence
     from lightning_moevlm.data.write.index_tars import IndexOptions, index_tars
 
     if out is None:

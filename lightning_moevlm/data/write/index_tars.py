@@ -19,15 +19,15 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import SPLIT, Scalar, Split
 from lightning_moevlm.data.storage.find_tars import FoundTar
 from lightning_moevlm.data.text.tokenizer import check_vocab_size, read_tokenizer
-from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.convert import VERSION, Converted, ConvertOptions
-from lightning_moevlm.data.write.convert.finish_set import Licence, finish_set
 from lightning_moevlm.data.write.convert.inspect_tar import TarReport, inspect_tar
 from lightning_moevlm.data.write.convert.keep_tars import describe, inspect_all, refuse_few
 from lightning_moevlm.data.write.convert.sources.img2dataset import Download
 from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames
 from lightning_moevlm.data.write.convert.sources.row_source import make_set_name
 from lightning_moevlm.data.write.convert.work_folder import open_work_folder
+from lightning_moevlm.data.write.finish_set import Licence, finish_set
+from lightning_moevlm.data.write.set_folder import Recipe, find_existing_set, put_in_place
 
 _REMEDY = (
     "`moevlm data convert img2dataset FOLDER --keep_tars false`, or index them as one split: --split train, val or test"

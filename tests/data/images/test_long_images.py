@@ -24,11 +24,11 @@ from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.inspect.thumbnails import read_image_size, thumbnail
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions, encode_for_shard, inspect_image
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
 from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, RowError
 from lightning_moevlm.data.write.convert.tasks import PlannedImage, PlannedSample, ShardTask, write_shard
+from lightning_moevlm.data.write.finish_set import Licence
 from tests.data.sources import make_image, write_csv
 
 LONG = 60_000

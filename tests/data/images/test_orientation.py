@@ -24,10 +24,10 @@ from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.inspect.thumbnails import read_image_size, thumbnail
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions, convert
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource
+from lightning_moevlm.data.write.finish_set import Licence
 from tests.data.sources import write_csv
 
 TURNS = range(1, 9)

@@ -15,7 +15,7 @@ from lightning_moevlm.data.format.shard_reader import RawSample, read_shard
 from lightning_moevlm.data.storage.find_tars import find_tars
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.convert import ConvertOptions
-from lightning_moevlm.data.write.convert.finish_set import Licence
+from lightning_moevlm.data.write.finish_set import Licence
 from lightning_moevlm.data.write.index_tars import IndexOptions, index_tars
 
 s3fs = pytest.importorskip("s3fs", reason="needs the extra s3")

@@ -15,12 +15,12 @@ from lightning_moevlm.data.inspect.html_page import write_page
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.texts import strip_text
 from lightning_moevlm.data.write.convert.convert import ConvertOptions
-from lightning_moevlm.data.write.convert.finish_set import Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
 from lightning_moevlm.data.write.convert.sources.benchmarks.coco_captions import CocoCaptions
 from lightning_moevlm.data.write.convert.sources.csv_jsonl import Columns, CsvSource, JsonlSource
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
 from lightning_moevlm.data.write.convert.sources.row_source import Row
+from lightning_moevlm.data.write.finish_set import Licence
 from tests.data.sources import make_image
 
 MARK = "\ufeff"

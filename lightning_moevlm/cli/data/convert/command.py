@@ -17,8 +17,8 @@ from lightning_moevlm.data.storage.local import local_source, local_target
 if TYPE_CHECKING:
     from lightning_moevlm.data.write.convert.bad_rows import BadCount
     from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, SetOptions
-    from lightning_moevlm.data.write.convert.finish_set import Licence
     from lightning_moevlm.data.write.convert.sources.row_source import Source
+    from lightning_moevlm.data.write.finish_set import Licence
 
 ImageFormat = Literal["jpg", "png"]
 AGAIN = "fix that, then run the same command to resume"
@@ -70,8 +70,8 @@ class ConvertCommand:
 
     def _collect(self) -> "Shared":
         from lightning_moevlm.data.write.convert.convert import ConvertOptions, SetOptions
-        from lightning_moevlm.data.write.convert.finish_set import Licence
         from lightning_moevlm.data.write.convert.shard_image import ImageOptions
+        from lightning_moevlm.data.write.finish_set import Licence
 
         jobs = len(os.sched_getaffinity(0)) if self.jobs is None else self.jobs
         images = ImageOptions(self.image_format, self.max_side)

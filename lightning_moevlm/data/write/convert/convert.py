@@ -23,15 +23,7 @@ from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.manifest import SPLITS, Manifest, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import check_vocab_size
-from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadCount, BadRows
-from lightning_moevlm.data.write.convert.finish_set import (
-    Contents,
-    Licence,
-    finish_set,
-    refuse_empty,
-    typical_size,
-)
 from lightning_moevlm.data.write.convert.process_pool import map_in_order
 from lightning_moevlm.data.write.convert.row_table import RowTable, row_table
 from lightning_moevlm.data.write.convert.shard_image import ImageOptions, InspectedImage
@@ -46,6 +38,14 @@ from lightning_moevlm.data.write.convert.tasks import (
     write_shard,
 )
 from lightning_moevlm.data.write.convert.work_folder import WorkFolder, open_work_folder
+from lightning_moevlm.data.write.finish_set import (
+    Contents,
+    Licence,
+    finish_set,
+    refuse_empty,
+    typical_size,
+)
+from lightning_moevlm.data.write.set_folder import Recipe, find_existing_set, put_in_place
 
 VERSION = 1
 INSPECTED_AT_ONCE = 128

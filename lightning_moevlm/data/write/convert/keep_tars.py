@@ -20,16 +20,16 @@ from lightning_moevlm.common.progress import track
 from lightning_moevlm.data.format.layout import Layout
 from lightning_moevlm.data.format.manifest import MANIFEST_FILE, SPLITS, Scalar, Split
 from lightning_moevlm.data.text.tokenizer import TOKENIZER_FILE, check_vocab_size
-from lightning_moevlm.data.write.build_set import Recipe, find_existing_set, put_in_place
 from lightning_moevlm.data.write.convert.bad_rows import BadRows
 from lightning_moevlm.data.write.convert.convert import VERSION, Converted, ConvertOptions
-from lightning_moevlm.data.write.convert.finish_set import Contents, Licence, finish_set, typical_size
 from lightning_moevlm.data.write.convert.inspect_tar import TarReport, inspect_tar
 from lightning_moevlm.data.write.convert.process_pool import map_in_order
 from lightning_moevlm.data.write.convert.sources.img2dataset import REMEDIES, find_downloads, fingerprint
 from lightning_moevlm.data.write.convert.sources.member_names import DEFAULT_NAMES, MemberNames
 from lightning_moevlm.data.write.convert.sources.row_source import BadRow, make_set_name
 from lightning_moevlm.data.write.convert.work_folder import WorkFolder, open_work_folder
+from lightning_moevlm.data.write.finish_set import Contents, Licence, finish_set, typical_size
+from lightning_moevlm.data.write.set_folder import Recipe, find_existing_set, put_in_place
 
 T = TypeVar("T")
 _HELD_OUT_SHARE = 0.1

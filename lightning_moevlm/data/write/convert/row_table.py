@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from lightning_moevlm.data.format.manifest import SPLITS, Split
-from lightning_moevlm.data.write.build_set import canonical_json
 from lightning_moevlm.data.write.convert.shard_image import InspectedImage
 from lightning_moevlm.data.write.convert.sources.row_source import ImageLocation, Row
 from lightning_moevlm.data.write.convert.tasks import PlannedImage, PlannedSample
+from lightning_moevlm.data.write.set_folder import canonical_json
 from lightning_moevlm.data.write.shard_writer import choose_split
 
 _SETTINGS = """

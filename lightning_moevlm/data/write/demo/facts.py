@@ -21,11 +21,11 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode
-from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
 from lightning_moevlm.data.write.demo.drawing_catalogue import Drawing, first_drawings
-from lightning_moevlm.data.write.demo.openmoji_art import LICENCE, LICENCE_URL, attribution, source_versions
+from lightning_moevlm.data.write.demo.drawn_set import DrawnSet, SetForm, build_drawn
 from lightning_moevlm.data.write.demo.scene_graph import GROUNDS, Box, Group, Scene
 from lightning_moevlm.data.write.demo.scenes import Painter
+from lightning_moevlm.data.write.set_folder import canonical_json
 from lightning_moevlm.data.write.shard_writer import Sample
 
 VERSION = 1
@@ -58,29 +58,21 @@ def build_facts(
     if not 1 <= num_relations <= len(RELATIONS):
         raise UserError(f"num_relations is {num_relations}, allowed are 1 to {len(RELATIONS)}")
     drawings, relations = first_drawings(num_drawings), RELATIONS[:num_relations]
-    plan = SetPlan(
+    drawn = DrawnSet(
         name="facts",
         version=VERSION,
-        licence=LICENCE,
-        licence_url=LICENCE_URL,
-        attribution=attribution("The drawings were rendered to pixels, scaled and laid on tinted grounds."),
-        image_size=image_size,
-        image_format=image_format,
+        form=SetForm(image_size, image_format, samples_per_shard, vocab_size),
         arguments={
             "num_samples": num_samples,
             "num_drawings": num_drawings,
             "num_relations": num_relations,
             "seed": seed,
         },
-        sources=source_versions(),
+        change="The drawings were rendered to pixels, scaled and laid on tinted grounds.",
         num_samples=num_samples,
-        samples_per_shard=samples_per_shard,
-        vocab_size=vocab_size,
+        samples=make_samples(num_samples, drawings, relations, image_size, image_format, seed),
     )
-    found = find_existing_set(out, plan.recipe, force)
-    if found is not None:
-        return found, False
-    return build_set(out, plan, make_samples(num_samples, drawings, relations, image_size, image_format, seed)), True
+    return build_drawn(out, drawn, force)
 
 
 def make_samples(

