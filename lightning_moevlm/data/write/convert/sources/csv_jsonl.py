@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.format.layout import Layout
-from lightning_moevlm.data.format.manifest import file_sha256
+from lightning_moevlm.data.format.manifest import Scalar, file_sha256
 from lightning_moevlm.data.text.texts import strip_text
 from lightning_moevlm.data.write.convert.sources.csv_format import NO_QUOTES, CsvFormat, holds_rows, other_delimiter
 from lightning_moevlm.data.write.convert.sources.member_names import parse_captions
@@ -21,11 +21,9 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     check_key,
     check_text,
     clean_caption,
-    make_set_name,
     parse_json_object,
     parse_split,
     require_file,
-    require_folder,
 )
 from lightning_moevlm.data.write.convert.sources.table_file import TableKind, guess_encoding, refuse_other_than_table
 
@@ -55,11 +53,9 @@ class _Table(Source):
         refuse_other_than_table(table, self.kind)
         if columns.image is None and columns.caption is None:
             raise UserError("neither images nor captions are named: a set needs images, captions or both")
-        folder = require_folder(table.parent if images is None else images, "--images")
-        arguments = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
-        super().__init__(
-            make_set_name(name or table.stem), folder, {"source": self.kind, "table": file_sha256(table), **arguments}
-        )
+        columns_given = {f"{role}_column": column or "" for role, column in columns._asdict().items()}
+        arguments: dict[str, Scalar] = {"source": self.kind, "table": file_sha256(table), **columns_given}
+        super().__init__(name or table.stem, images or table.parent, arguments)
         self.table = table
         self.columns = columns
         self.remedies = {

@@ -31,7 +31,6 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     RowError,
     Source,
     check_key,
-    make_set_name,
     parse_json_object,
     require_folder,
     resolve_inside,
@@ -176,7 +175,7 @@ class Img2datasetSource(Source):
         arguments: dict[str, Scalar] = {"source": "img2dataset", "keep_tars": False, "table": fingerprint(self.found)}
         if self.found[0].num_samples is None:
             arguments["keys"] = "TAR-KEY"
-        super().__init__(make_set_name(name or folder.resolve().name), folder, {**arguments, **names.as_arguments()})
+        super().__init__(name or folder.resolve().name, folder, {**arguments, **names.as_arguments()})
         self.names = names
         self.layout = Layout({}, names.caption_field or "", keys_repeat=False)
         self.remedies = REMEDIES

@@ -24,10 +24,8 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     RowError,
     Source,
     clean_caption,
-    make_set_name,
     parse_json_object,
     require_file,
-    require_folder,
 )
 from lightning_moevlm.data.write.shard_writer import choose_split
 
@@ -49,9 +47,8 @@ class Llava(Source):
     def __init__(self, file: Path, images: Path, name: str | None, samples: Samples) -> None:
         self.file = require_file(file, "file")
         self.samples = samples
-        folder = require_folder(images, "--images")
         arguments = {"source": "llava", "table": file_sha256(file), "samples": samples}
-        super().__init__(make_set_name(name or file.stem), folder, {**arguments})
+        super().__init__(name or file.stem, images, {**arguments})
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield conversations in the file's order."""

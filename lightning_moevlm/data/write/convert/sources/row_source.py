@@ -90,10 +90,13 @@ class Source(ABC):
     """A table of rows and the folder of their images.
 
     Args:
-        name: Name of the set, and prefix of its keys.
+        name: Name of the set, and prefix of its keys; other characters than keys may have become -.
         folder: Folder of the images.
         arguments: All that determines the rows, with the hash of the table. Paths are left out, so that the same table
             gives the same set anywhere.
+
+    Raises:
+        UserError: if there is no such folder.
     """
 
     layout: Layout = PLAIN_LAYOUT  # place of captions in the samples; known after the rows are read
@@ -101,8 +104,8 @@ class Source(ABC):
     remedies: Mapping[BadCause, str] = {"image_missing": "name the folder of the images with --images"}
 
     def __init__(self, name: str, folder: Path, arguments: dict[str, Scalar]) -> None:
-        self.name = name
-        self.folder = folder
+        self.name = make_set_name(name)
+        self.folder = require_folder(folder, "--images")
         self.arguments = arguments
         self.notes: list[str] = []  # sentences to print after the rows are read
 

@@ -24,9 +24,7 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     Source,
     check_text,
     clean_caption,
-    make_set_name,
     require_file,
-    require_folder,
 )
 
 Take = Literal["first", "each", "draw"]
@@ -51,7 +49,7 @@ class CocoCaptions(Source):
     def __init__(self, annotations: Path, images: Path, name: str | None, take: Take) -> None:
         table = require_file(annotations, "annotations")
         arguments: dict[str, Scalar] = {"source": "coco_captions", "table": file_sha256(table), "captions": take}
-        super().__init__(make_set_name(name or table.stem), require_folder(images, "--images"), arguments)
+        super().__init__(name or table.stem, images, arguments)
         self.table = table
         self.take = take
         if take == "draw":

@@ -29,9 +29,7 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     RowError,
     check_text,
     clean_caption,
-    make_set_name,
     require_file,
-    require_folder,
 )
 
 _QUESTIONS = "the questions file, such as v2_OpenEnded_mscoco_train2014_questions.json"
@@ -77,7 +75,7 @@ class CocoQuestions(QuestionSource):
             "captions": file_sha256(require_file(captions, "--captions")) if captions else "",
             "image_name": image_name or "",
         }
-        super().__init__(make_set_name(name or questions.stem), require_folder(images, "--images"), arguments)
+        super().__init__(name or questions.stem, images, arguments)
         self.questions, self.annotations, self.captions = questions, annotations, captions
         self.image_name = image_name
         self._said: dict[int, ImageCaptions] = {}
@@ -115,7 +113,7 @@ class OkVqa(QuestionSource):
     def __init__(self, folder: Path, images: Path, name: str | None) -> None:
         self.files, self.answers = find_files(folder, _OK_VQA), find_files(folder, _OK_VQA_ANSWERS)
         arguments: dict[str, Scalar] = {"source": "okvqa", **hashes(self.files), **hashes(self.answers, "answers")}
-        super().__init__(make_set_name(name or "okvqa"), require_folder(images, "--images"), arguments)
+        super().__init__(name or "okvqa", images, arguments)
 
     def asked(self) -> Iterator[Asked | BadRow]:
         """Yield the questions of both files."""

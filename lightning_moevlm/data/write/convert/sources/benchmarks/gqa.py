@@ -12,7 +12,7 @@ from lightning_moevlm.data.write.convert.sources.benchmarks.questions_by_image i
     QuestionSource,
     make_question,
 )
-from lightning_moevlm.data.write.convert.sources.row_source import BadRow, RowError, make_set_name, require_folder
+from lightning_moevlm.data.write.convert.sources.row_source import BadRow, RowError
 
 _FILES: dict[Split, str] = {
     "train": "train_balanced_questions.json",
@@ -30,7 +30,7 @@ class Gqa(QuestionSource):
     def __init__(self, folder: Path, images: Path, name: str | None) -> None:
         self.files = find_files(folder, _FILES)
         arguments: dict[str, Scalar] = {"source": "gqa", **hashes(self.files)}
-        super().__init__(make_set_name(name or "gqa"), require_folder(images, "--images"), arguments)
+        super().__init__(name or "gqa", images, arguments)
 
     def asked(self) -> Iterator[Asked | BadRow]:
         """Yield the questions of all files; an object holds them by their number."""

@@ -24,9 +24,7 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     Source,
     check_text,
     clean_caption,
-    make_set_name,
     require_file,
-    require_folder,
 )
 
 _SPLITS: dict[str, Split] = {"train": "train", "restval": "train", "val": "val", "test": "test"}
@@ -42,7 +40,7 @@ class KarpathyCaptions(Source):
     def __init__(self, file: Path, images: Path, name: str | None) -> None:
         table = require_file(file, "file")
         arguments: dict[str, Scalar] = {"source": "karpathy", "table": file_sha256(table), "captions": "together"}
-        super().__init__(make_set_name(name or table.stem), require_folder(images, "--images"), arguments)
+        super().__init__(name or table.stem, images, arguments)
         self.table = table
         self.layout = Layout({}, "captions", keys_repeat=False)
 

@@ -19,9 +19,7 @@ from lightning_moevlm.data.write.convert.sources.row_source import (
     Source,
     check_key,
     clean_caption,
-    make_set_name,
     parse_json_object,
-    require_folder,
 )
 
 _FILES: dict[Split, str] = {"train": "train.json", "val": "dev.json", "test": "test1.json"}
@@ -37,7 +35,7 @@ class Nlvr2(Source):
     def __init__(self, folder: Path, images: Path, name: str | None) -> None:
         self.files = find_files(folder, _FILES)
         arguments: dict[str, Scalar] = {"source": "nlvr2", **hashes(self.files)}
-        super().__init__(make_set_name(name or "nlvr2"), require_folder(images, "--images"), arguments)
+        super().__init__(name or "nlvr2", images, arguments)
 
     def rows(self) -> Iterator[Row | BadRow]:
         """Yield the statements of all files."""

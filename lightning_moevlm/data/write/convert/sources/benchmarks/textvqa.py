@@ -18,7 +18,7 @@ from lightning_moevlm.data.write.convert.sources.benchmarks.questions_by_image i
     QuestionSource,
     make_question,
 )
-from lightning_moevlm.data.write.convert.sources.row_source import BadRow, RowError, make_set_name, require_folder
+from lightning_moevlm.data.write.convert.sources.row_source import BadRow, RowError
 
 _FILES: dict[Split, str] = {"train": "TextVQA_*_train.json", "test": "TextVQA_*_val.json"}
 _WANTED = "a file of TextVQA with answers, such as TextVQA_0.5.1_train.json"
@@ -33,7 +33,7 @@ class TextVqa(QuestionSource):
     def __init__(self, folder: Path, images: Path, name: str | None) -> None:
         self.files = find_files(folder, _FILES)
         arguments: dict[str, Scalar] = {"source": "textvqa", **hashes(self.files)}
-        super().__init__(make_set_name(name or "textvqa"), require_folder(images, "--images"), arguments)
+        super().__init__(name or "textvqa", images, arguments)
 
     def asked(self) -> Iterator[Asked | BadRow]:
         """Yield the questions of both files."""

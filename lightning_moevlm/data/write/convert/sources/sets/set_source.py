@@ -15,7 +15,7 @@ from lightning_moevlm.data.format.tar_members import TarBreak, tar_members
 from lightning_moevlm.data.images.decode import IMAGE_EXTENSIONS
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.text.captions import ANNOTATION_EXTENSION
-from lightning_moevlm.data.write.convert.sources.row_source import BadRow, ImageLocation, Source, make_set_name
+from lightning_moevlm.data.write.convert.sources.row_source import BadRow, ImageLocation, Source
 
 
 class SetSample(NamedTuple):
@@ -50,7 +50,7 @@ class SetSource(Source):
                 f"{self.remedy}"
             )
         common: dict[str, Scalar] = {"source": kind, "table": self.manifest.digest}
-        super().__init__(make_set_name(name or f"{self.manifest.name}-{kind}"), folder, common | (arguments or {}))
+        super().__init__(name or f"{self.manifest.name}-{kind}", folder, common | (arguments or {}))
         self.tokenizer_file = folder / self.manifest.tokenizer.file
 
     @property
