@@ -18,6 +18,8 @@ from filelock import FileLock
 from lightning_moevlm.cli.main import main
 
 if TYPE_CHECKING:
+    from mlflow.entities import Run
+
     from tests.mlflow_server import MlflowServer
 
 PROJECT = Path(__file__).parent.parent
@@ -115,6 +117,36 @@ def workplace(tmp_path: Path, scenes_root: Path, migrated_database: Path, monkey
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def shared_workplace(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Path:
+    """A workplace that the tests of a file share; commands run there by `run_in`."""
+    folder = tmp_path_factory.mktemp("workplace")
+    furnish(folder, scenes_root, migrated_database)
+    return folder
+
+
+def run_in(folder: Path, *arguments: str) -> None:
+    """Run a command in a workplace."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        assert main([*arguments]) == 0
+
+
+def runs(workplace: Path) -> "list[Run]":
+    """Every run of the store, oldest first."""
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{workplace}/runs/mlflow.db")
+    return client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time"])
+
+
+def last_checkpoint(workplace: Path) -> Path:
+    """The last checkpoint of the only run."""
+    (path,) = workplace.glob("runs/**/last.ckpt")
+    return path
 
 
 def furnish(folder: Path, scenes_root: Path, migrated_database: Path) -> None:

@@ -9,23 +9,18 @@ import pytest
 
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.cli.runs.experts import expand_shorthand
-from tests.conftest import furnish
+from tests.conftest import run_in
 from tests.small_run import SMALL, budget
 
 QUICK = ("--samples=40", "--draws=19")
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> tuple[Path, Path]:
+def trained(shared_workplace: Path) -> tuple[Path, Path]:
     """A workplace and the folder of a run in it."""
-    workplace = tmp_path_factory.mktemp("observed")
-    furnish(workplace, scenes_root, migrated_database)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert main(["fit", *SMALL, *budget(2), "--trainer.logger.init_args.run_name=observed"]) == 0
-    (checkpoint,) = workplace.glob("runs/*/*/checkpoints/last.ckpt")
-    return workplace, checkpoint.parent.parent
+    run_in(shared_workplace, "fit", *SMALL, *budget(2), "--trainer.logger.init_args.run_name=observed")
+    (checkpoint,) = shared_workplace.glob("runs/*/*/checkpoints/last.ckpt")
+    return shared_workplace, checkpoint.parent.parent
 
 
 @pytest.fixture

@@ -20,7 +20,6 @@ from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.precision import set_precision
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.callbacks import DivergenceGuard
-from tests.conftest import furnish
 from tests.replaying import InProcess
 from tests.small_run import BACKBONE, SMALL, budget
 
@@ -91,13 +90,8 @@ def read(*words: str, code: int = 0) -> list[dict[str, Any]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(3))
-def test_a_fault_is_found_and_explained(
-    seed: int, tmp_path: Path, scenes_root: Path, migrated_database: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_fault_is_found_and_explained(seed: int, workplace: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Slow because each trains up to 112 steps and five replays."""
-    furnish(tmp_path, scenes_root, migrated_database)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     draw = random.Random(seed)
     planted, step = FAULTS[seed], draw.randrange(34, 45)  # all three are drawn, each at a step of its own
     words, hook = plant(planted, step, draw)

@@ -15,7 +15,6 @@ from lightning_moevlm.cli.runs import replay as command
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.tracking.read.runs import find_runs_anywhere
 from lightning_moevlm.training.callbacks import DivergenceGuard
-from tests.conftest import furnish
 from tests.replaying import InProcess
 from tests.small_run import SMALL, budget
 
@@ -55,17 +54,15 @@ class Place:
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Iterator[Place]:
-    workplace = tmp_path_factory.mktemp("replayed")
-    furnish(workplace, scenes_root, migrated_database)
+def place(shared_workplace: Path) -> Iterator[Place]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
+        patch.chdir(shared_workplace)
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr(DivergenceGuard, "on_train_batch_start", spoil)
         words = [*SMALL, *budget(STEPS, val_every=VAL_EVERY), "--trainer.logger.init_args.run_name=noisy"]
         assert main(["fit", *words]) == 0
-        (recordings,) = workplace.glob("runs/*/*/recordings")
-        place = Place(workplace, recordings.parent)
+        (recordings,) = shared_workplace.glob("runs/*/*/recordings")
+        place = Place(shared_workplace, recordings.parent)
         patch.setattr(command, "_engine", lambda: place.engine)
         yield place
 

@@ -8,14 +8,11 @@ from pathlib import Path
 
 import pytest
 import yaml
-from mlflow import MlflowClient
-from mlflow.entities import Run
 from mlflow.tracking._tracking_service import utils
 from safetensors import safe_open
 
-from lightning_moevlm.cli.main import main
 from lightning_moevlm.tracking.read.sqlite_rows import points_of
-from tests.conftest import furnish
+from tests.conftest import run_in, runs
 from tests.small_run import SMALL
 
 Moevlm = Callable[..., str]
@@ -23,15 +20,10 @@ FIT = ("fit", *SMALL, "--trainer.max_steps=4", "--trainer.val_check_interval=2",
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Path:
+def trained(shared_workplace: Path) -> Path:
     """A workplace with one run, not to be changed."""
-    folder = tmp_path_factory.mktemp("trained")
-    furnish(folder, scenes_root, migrated_database)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert main([*FIT]) == 0
-    return folder
+    run_in(shared_workplace, *FIT)
+    return shared_workplace
 
 
 @pytest.fixture
@@ -49,12 +41,6 @@ def project(trained: Path, tmp_path: Path, workplace: Path, monkeypatch: pytest.
     shutil.rmtree(trained, ignore_errors=True)
     trained.with_name("hidden").rename(trained)
     assert not was_made_anew
-
-
-def runs(project: Path) -> list[Run]:
-    """Oldest first."""
-    client = MlflowClient(f"sqlite:///{project}/runs/mlflow.db")
-    return client.search_runs([each.experiment_id for each in client.search_experiments()], order_by=["start_time"])
 
 
 def test_a_run_is_resumed_measured_and_used_by_its_name_id_or_folder_alone(moevlm: Moevlm, project: Path) -> None:

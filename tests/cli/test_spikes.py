@@ -12,7 +12,7 @@ from lightning.pytorch import Trainer
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.training.callbacks import StepProgress
-from tests.conftest import furnish
+from tests.conftest import run_in
 from tests.small_run import SMALL, budget
 
 STEPS = 48
@@ -29,17 +29,13 @@ def spoil(self: StepProgress, trainer: Trainer, module: torch.nn.Module, batch: 
 
 
 @pytest.fixture(scope="module")
-def spoiled(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> tuple[Path, Path]:
+def spoiled(shared_workplace: Path) -> tuple[Path, Path]:
     """A workplace and the folder of a run in it."""
-    workplace = tmp_path_factory.mktemp("spoiled")
-    furnish(workplace, scenes_root, migrated_database)
     with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(workplace)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         patch.setattr(StepProgress, "on_train_batch_start", spoil)
-        assert main(["fit", *SMALL, *budget(STEPS), "--trainer.logger.init_args.run_name=noisy"]) == 0
-    (run,) = workplace.glob("runs/*/*/recordings")
-    return workplace, run.parent
+        run_in(shared_workplace, "fit", *SMALL, *budget(STEPS), "--trainer.logger.init_args.run_name=noisy")
+    (run,) = shared_workplace.glob("runs/*/*/recordings")
+    return shared_workplace, run.parent
 
 
 @pytest.fixture

@@ -16,12 +16,11 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from lightning_moevlm.cli.main import main
 from lightning_moevlm.configuration.run_option import expand_run_option
 from lightning_moevlm.tracking.read.runs import metric_history
 from lightning_moevlm.tracking.read.sqlite_rows import points_of, reading
 from lightning_moevlm.training.callbacks import StepProgress
-from tests.conftest import PROJECT, furnish
+from tests.conftest import PROJECT, run_in
 from tests.small_run import SMALL, budget
 
 Moevlm = Callable[..., str]
@@ -70,15 +69,10 @@ def resume_words(told: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Points:
+def whole(shared_workplace: Path) -> Points:
     """The points of an uninterrupted run."""
-    folder = tmp_path_factory.mktemp("whole")
-    furnish(folder, scenes_root, migrated_database)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert main(["fit", *ARGUMENTS]) == 0
-        return points(folder)
+    run_in(shared_workplace, "fit", *ARGUMENTS)
+    return points(shared_workplace)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.checkpoints.checkpoint_file import inspect_checkpoint
 from lightning_moevlm.training.checkpoints.export import export_model
 from lightning_moevlm.training.checkpoints.init_from import InitFrom, load_initial_weights
-from tests.conftest import PROJECT, furnish
+from tests.conftest import PROJECT, last_checkpoint, run_in
 from tests.small_model import small_limoe
 from tests.small_run import SMALL, budget
 
@@ -41,21 +41,11 @@ print(sorted(heavy & set(sys.modules)))
 
 
 @pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Path:
+def place(shared_workplace: Path) -> Path:
     """A workplace with a short training, its checkpoint `runs/.../last.ckpt`, and its export `exported`."""
-    folder = tmp_path_factory.mktemp("exported")
-    furnish(folder, scenes_root, migrated_database)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert main(["fit", *SMALL, *budget(2)]) == 0
-        assert main(["export", str(checkpoint_in(folder)), "--out", "exported"]) == 0
-    return folder
-
-
-def checkpoint_in(folder: Path) -> Path:
-    (path,) = folder.glob("runs/**/last.ckpt")
-    return path
+    run_in(shared_workplace, "fit", *SMALL, *budget(2))
+    run_in(shared_workplace, "export", str(last_checkpoint(shared_workplace)), "--out", "exported")
+    return shared_workplace
 
 
 @pytest.fixture
@@ -79,12 +69,12 @@ def test_the_folder_says_what_it_holds(place: Path) -> None:
     assert config.backbone["init_args"]["moe"]["init_args"]["router"]["class_path"] == "TopKRouter"
     assert (config.data.image_size, config.data.max_text_len) == (32, 24)
     assert config.source.step == 2 and config.source.checkpoint == "last.ckpt"
-    assert config.source.run == checkpoint_in(place).parent.parent.name and len(str(config.source.manifest)) == 64
+    assert config.source.run == last_checkpoint(place).parent.parent.name and len(str(config.source.manifest)) == 64
     assert sorted(path.name for path in (place / "exported").iterdir()) == [
         "config.json", "model.safetensors", "tokenizer.json",
     ]  # fmt: skip
     assert len({path.stat().st_mode for path in (place / "exported").iterdir()}) == 1  # all for others to read
-    saved = torch.load(checkpoint_in(place), weights_only=True)["state_dict"]
+    saved = torch.load(last_checkpoint(place), weights_only=True)["state_dict"]
     written = load_file(place / "exported/model.safetensors")
     assert saved.keys() == written.keys() and all(torch.equal(saved[name], written[name]) for name in saved)
 
@@ -100,7 +90,7 @@ def test_features_are_those_of_predict_without_lightning(
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
-    module = load_module(checkpoint_in(place))
+    module = load_module(last_checkpoint(place))
     text = read_tokenizer(scenes_root / "tokenizer.json").encode(["a red apple"], 24)
     image = decode_image((place / "apple.jpg").read_bytes(), "image", 32)[None]
     with torch.inference_mode():
@@ -116,7 +106,7 @@ def test_training_starts_from_it_and_evaluation_reads_it(place: Path, monkeypatc
     few = ("--trainer.limit_predict_batches=1", "--trainer.callbacks+=FeatureWriter", "--trainer.callbacks.folder=f")
     run("predict", *SMALL, *quiet, *few, "--ckpt_path=exported")
     written = load_file(place / "f/features-0000-000000.safetensors")
-    trained = load_run(checkpoint_in(place))
+    trained = load_run(last_checkpoint(place))
     with torch.inference_mode():
         expected = trained.module.predict_step(next(iter(build_data(trained.resolved["data"]).predict_dataloader())), 0)
     assert written.keys() == expected.keys() and all(torch.equal(written[name], expected[name]) for name in written)
@@ -143,10 +133,10 @@ def test_an_export_is_not_overwritten_by_chance(
         ("exported", "exported holds an exported model: give --out another folder, or --force true to replace it"),
         ("conf", "conf exists and is not an exported model"),
     ):
-        run("export", str(checkpoint_in(place)), "--out", out, code=2)
+        run("export", str(last_checkpoint(place)), "--out", out, code=2)
         assert told in capfd.readouterr().err
     assert not list(place.glob(".*exporting*"))
-    run("export", str(checkpoint_in(place)), "--out", "other", "--config", "elsewhere.yaml", code=2)
+    run("export", str(last_checkpoint(place)), "--out", "other", "--config", "elsewhere.yaml", code=2)
     assert "has no configuration at elsewhere.yaml" in capfd.readouterr().err
 
 
@@ -161,7 +151,7 @@ def test_other_data_do_not_give_their_tokenizer(
         shutil.copytree(scenes_root, link)
         manifest = json.loads((link / "manifest.json").read_text("utf-8"))
         (link / "manifest.json").write_text(json.dumps(manifest | {"licence": "another"}), "utf-8")
-        again = ("export", str(checkpoint_in(place)), "--out", "exported", "--force", "true")
+        again = ("export", str(last_checkpoint(place)), "--out", "exported", "--force", "true")
         run(*again, code=2)
         assert "the data of this run have changed since its training" in capfd.readouterr().err
         run(*again, f"--tokenizer={scenes_root}/tokenizer.json")

@@ -12,19 +12,12 @@ import torch
 from mlflow import MlflowClient
 from mlflow.entities import Run
 
-from lightning_moevlm.cli.main import main
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.data.format.manifest import read_manifest
-from tests.conftest import furnish
+from tests.conftest import last_checkpoint, run_in, runs
 from tests.small_run import BACKBONE, SMALL, budget
 
 Moevlm = Callable[..., str]
-
-
-def runs(workplace: Path) -> list[Run]:
-    """Every run of the store, oldest first."""
-    client = MlflowClient(f"sqlite:///{workplace}/runs/mlflow.db")
-    return client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time"])
 
 
 def history(workplace: Path, run: Run, key: str) -> list[tuple[int, float]]:
@@ -32,21 +25,11 @@ def history(workplace: Path, run: Run, key: str) -> list[tuple[int, float]]:
     return [(point.step, point.value) for point in client.get_metric_history(run.info.run_id, key)]
 
 
-def last_checkpoint(workplace: Path) -> Path:
-    (path,) = workplace.glob("runs/**/last.ckpt")
-    return path
-
-
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, scenes_root: Path, migrated_database: Path) -> Path:
+def trained(shared_workplace: Path) -> Path:
     """A workplace in which ten steps were trained, validated every fourth; to be read only."""
-    folder = tmp_path_factory.mktemp("trained")
-    furnish(folder, scenes_root, migrated_database)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        assert main(["fit", *SMALL, *budget(10, val_every=4)]) == 0
-    return folder
+    run_in(shared_workplace, "fit", *SMALL, *budget(10, val_every=4))
+    return shared_workplace
 
 
 def test_steps_are_logged_and_kept(trained: Path) -> None:

@@ -19,6 +19,7 @@ from lightning_moevlm.model.layers import ModelStabilisers
 from lightning_moevlm.model.precision import PrecisionPolicy, Simulation
 from lightning_moevlm.model.routers import SigmoidBiasRouter, SoftRouter
 from lightning_moevlm.training import Evaluation, RegionHalfPrecision, StepOutput, VisionLanguageModule
+from tests.conftest import last_checkpoint
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
 
@@ -278,8 +279,3 @@ def test_checkpoint_and_resume_keep_dtypes_and_values(precision: str, moevlm: Mo
         for name, value in state.items():
             again = two["optimizer_states"][0]["state"][index][name]
             assert torch.equal(value, again) and value.dtype == again.dtype, (index, name)
-
-
-def last_checkpoint(workplace: Path) -> Path:
-    (path,) = workplace.glob("runs/**/last.ckpt")
-    return path

@@ -25,9 +25,10 @@ from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import ActionRunner, ReviveDeadExperts
 from lightning_moevlm.training.callbacks import DivergenceGuard
 from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, GroupOptions, SkipSpikes, StableAdamW, ZClip
+from tests.conftest import last_checkpoint, runs
 from tests.small_model import pair_batch, small_vl_moe
 from tests.small_run import SMALL, budget
-from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
+from tests.training.test_fit import Moevlm, history
 
 OPTIM = "lightning_moevlm.training.optim"
 

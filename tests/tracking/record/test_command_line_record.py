@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 from mlflow import MlflowClient
-from mlflow.entities import Run
 
 from lightning_moevlm.training.callbacks import StepProgress
+from tests.conftest import runs
 from tests.small_run import BACKBONE, SMALL, budget
 
 Moevlm = Callable[..., str]
@@ -19,11 +19,6 @@ Moevlm = Callable[..., str]
 
 def store(workplace: Path) -> MlflowClient:
     return MlflowClient(f"sqlite:///{workplace}/runs/mlflow.db")
-
-
-def runs(workplace: Path) -> list[Run]:
-    client = store(workplace)
-    return client.search_runs([e.experiment_id for e in client.search_experiments()], order_by=["start_time"])
 
 
 def test_files_and_difference_of_a_fit(moevlm: Moevlm, workplace: Path) -> None:

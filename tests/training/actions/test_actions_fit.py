@@ -23,11 +23,11 @@ from lightning_moevlm.training.callbacks import DivergenceGuard, Telemetry
 from lightning_moevlm.training.checkpoints.init_optimizer import StartFrom
 from lightning_moevlm.training.optim import AdaGC, GradientStabilisers, SkipSpikes, ZClip
 from lightning_moevlm.training.unused_parameters import UnusedParameters
-from tests.conftest import PROJECT
+from tests.conftest import PROJECT, last_checkpoint, runs
 from tests.small_model import small_vl_moe
 from tests.small_run import BACKBONE, SMALL, budget
 from tests.training.small_fit import LossesSeen, Poison, every_action, fit, tiny_module
-from tests.training.test_fit import Moevlm, history, last_checkpoint, runs
+from tests.training.test_fit import Moevlm, history
 
 
 def test_without_actions_nothing_is_brought_along() -> None:
