@@ -1,6 +1,7 @@
 """Prints the results of listing commands: a table for people, or records for programs."""
 
 import json as json_format
+import math
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,11 @@ def show(table: "RenderableType", rows: Sequence[Mapping[str, object]], json: st
         sys.stdout.write(text)
         return
     write_atomically(Path(json), text)
+
+
+def json_number(value: float) -> float | str:
+    """Return a number that JSON can hold; others as text."""
+    return value if math.isfinite(value) else str(value)
 
 
 def console(to_stderr: bool = False) -> "Console":

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from lightning_moevlm.cli.output import console
-from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -269,29 +267,6 @@ def _leaves(base: type) -> list[type]:
 
 
 STUDY = "study"
-
-
-def new(file: str) -> None:
-    """Write a commented study file to start from; `sweep plan` accepts it unchanged.
-
-    Args:
-        file: File to write, e.g. mine.yaml. Its name without .yaml becomes the study's name.
-    """
-    from lightning_moevlm.study.declare.study_file import refuse_bad_name
-    from lightning_moevlm.study.guide import skeleton
-
-    path = Path(file)
-    if path.suffix not in (".yaml", ".yml"):
-        raise UserError(f"{file}: the name of a study file ends in .yaml; give {path.with_suffix('.yaml')}")
-    refuse_bad_name(path)
-    with explain_write_errors(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with path.open("x", encoding="utf-8") as stream:
-                stream.write(skeleton(file))
-        except FileExistsError as error:
-            raise UserError(f"{file} exists already; remove it, or give another name") from error
-    console().print(f"Wrote {file}. Show what it would run: moevlm sweep plan {file}", highlight=False, markup=False)
 
 
 def design_rows() -> list[dict[str, str]]:

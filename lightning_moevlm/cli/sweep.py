@@ -6,10 +6,11 @@ Plain typed functions. The command line makes options of their arguments and hel
 import functools
 import inspect
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Literal
 
 from lightning_moevlm.cli.output import console, show
-from lightning_moevlm.cli.parts import new
+from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.part_checks import refuse_abstract
 from lightning_moevlm.study import cure_folder, sweep
@@ -17,6 +18,29 @@ from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.run.engines import Engine, LocalEngine, RayEngine, SlurmEngine
 
 _ENGINES = {engine.name: engine.__name__ for engine in (LocalEngine, SlurmEngine, RayEngine)}
+
+
+def new(file: str) -> None:
+    """Write a commented study file to start from; `sweep plan` accepts it unchanged.
+
+    Args:
+        file: File to write, e.g. mine.yaml. Its name without .yaml becomes the study's name.
+    """
+    from lightning_moevlm.study.declare.study_file import refuse_bad_name
+    from lightning_moevlm.study.guide import skeleton
+
+    path = Path(file)
+    if path.suffix not in (".yaml", ".yml"):
+        raise UserError(f"{file}: the name of a study file ends in .yaml; give {path.with_suffix('.yaml')}")
+    refuse_bad_name(path)
+    with explain_write_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with path.open("x", encoding="utf-8") as stream:
+                stream.write(skeleton(file))
+        except FileExistsError as error:
+            raise UserError(f"{file} exists already; remove it, or give another name") from error
+    console().print(f"Wrote {file}. Show what it would run: moevlm sweep plan {file}", highlight=False, markup=False)
 
 
 def plan(file: str, json: str | None = None, probe: bool = False, only: list[str] | None = None) -> None:

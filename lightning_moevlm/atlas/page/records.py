@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lightning_moevlm.atlas.make_atlas import Atlas
-from lightning_moevlm.atlas.statistics.claims import ALPHA
+from lightning_moevlm.atlas.section import finite
+from lightning_moevlm.atlas.statistics.claims import ALPHA, Claim
 from lightning_moevlm.atlas.statistics.information import Floats, entropy
 from lightning_moevlm.atlas.statistics.specialisation import Specialisation
 
@@ -25,7 +26,6 @@ FORMAT = "moevlm-atlas/1"
 _VALUES_SHOWN = 8
 """Of a label in the sheet of an expert: those with the most tokens above their base."""
 _PARTNERS_SHOWN = 5
-_DIGITS = 4
 
 
 def to_records(atlas: Atlas, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -82,14 +82,14 @@ def _layer(atlas: Atlas, number: int) -> dict[str, Any]:
         "layer": each.layer.layer,
         "block": each.layer.block,
         "experts": each.layer.num_experts,
-        "use_entropy": _round(float(entropy(load_E)) / max(math.log(each.layer.num_experts), 1e-12)),
-        "crossover": _round(each.crossover),
+        "use_entropy": finite(float(entropy(load_E)) / max(math.log(each.layer.num_experts), 1e-12)),
+        "crossover": finite(each.crossover),
         "confidence": {
             name: {
                 "tokens": found.num_tokens,
-                "top": _round(found.top),
-                "entropy": _round(found.entropy),
-                "histogram": [_round(part) for part in found.histogram],
+                "top": finite(found.top),
+                "entropy": finite(found.entropy),
+                "histogram": [finite(part) for part in found.histogram],
             }
             for name, found in each.confidence.of_modality.items()
         },
@@ -103,11 +103,11 @@ def _result(result: Specialisation) -> dict[str, Any]:
     return {
         "label": result.label.name,
         "values": [*result.values],
-        "base": [_round(share) for share in base_V],
-        "entropy": _round(float(entropy(base_V))),
-        "nmi": _round(result.nmi),
-        "nmi_by_chance": _round(result.nmi_by_chance),
-        "p": _round(result.p),
+        "base": [finite(share) for share in base_V],
+        "entropy": finite(float(entropy(base_V))),
+        "nmi": finite(result.nmi),
+        "nmi_by_chance": finite(result.nmi_by_chance),
+        "p": finite(result.p),
     }
 
 
@@ -115,9 +115,9 @@ def _sheet(atlas: Atlas, number: int, expert: int) -> dict[str, Any]:
     each = atlas.of_layers[number]
     tops = each.tops[expert]
     return {
-        "load": _round(float(each.load_E[expert])),
-        "weight": _round(each.confidence.weight_E[expert]),
-        "serves": [{**claim._asdict(), **_rounded(claim._asdict())} for claim in each.claims[expert]],
+        "load": finite(float(each.load_E[expert])),
+        "weight": finite(each.confidence.weight_E[expert]),
+        "serves": [_claim(claim) for claim in each.claims[expert]],
         "labels": [
             _of_label(result, float(adjusted_E[expert]), expert)
             for result, adjusted_E in zip(each.results, each.adjusted, strict=True)
@@ -128,19 +128,23 @@ def _sheet(atlas: Atlas, number: int, expert: int) -> dict[str, Any]:
                 "key": one.key,
                 "row": one.patch // atlas.patches_of_side + 1,
                 "column": one.patch % atlas.patches_of_side + 1,
-                "weight": _round(one.weight),
+                "weight": finite(one.weight),
                 "caption": one.caption,
             }
             for one in tops.patches
         ],
         "words": [
-            {"key": one.key, "weight": _round(one.weight), "before": one.before, "word": one.word, "after": one.after}
+            {"key": one.key, "weight": finite(one.weight), "before": one.before, "word": one.word, "after": one.after}
             for one in tops.words
         ],
         "together": _partners(atlas, number, number, expert),
         "before": _partners(atlas, number, _neighbour(atlas, number, -1), expert),
         "next": _partners(atlas, number, _neighbour(atlas, number, 1), expert),
     }
+
+
+def _claim(claim: Claim) -> dict[str, Any]:
+    return {name: finite(value) if isinstance(value, float) else value for name, value in claim._asdict().items()}
 
 
 def _neighbour(atlas: Atlas, number: int, step: int) -> int | None:
@@ -162,17 +166,17 @@ def _of_label(result: Specialisation, adjusted: float, expert: int) -> dict[str,
     shown = [int(value) for value in np.argsort(-excess_V)[:_VALUES_SHOWN] if counts_V[value] > 0]
     return {
         "label": result.label.name,
-        "entropy": _round(float(entropy(counts_V))),
-        "nmi": _round(float(result.nmi_E[expert])),
-        "p": _round(float(result.p_E[expert])),
-        "adjusted_p": _round(adjusted),
-        "p_of_null": {null: _round(float(p_E[expert])) for null, p_E in result.p_of_null.items()},
+        "entropy": finite(float(entropy(counts_V))),
+        "nmi": finite(float(result.nmi_E[expert])),
+        "p": finite(float(result.p_E[expert])),
+        "adjusted_p": finite(adjusted),
+        "p_of_null": {null: finite(float(p_E[expert])) for null, p_E in result.p_of_null.items()},
         "values": [
             [
                 value,
-                _round(float(counts_V[value])),
-                _round(float(counts_V[value] / total)),
-                *(_round(float(lift_EV[expert, value])) for lift_EV in (result.lift_EV, result.low_EV, result.high_EV)),
+                finite(float(counts_V[value])),
+                finite(float(counts_V[value] / total)),
+                *(finite(float(lift_EV[expert, value])) for lift_EV in (result.lift_EV, result.low_EV, result.high_EV)),
             ]
             for value in shown
         ],
@@ -192,17 +196,8 @@ def _partners(atlas: Atlas, number: int, other: int | None, expert: int) -> dict
     share_E = counts_EE[expert] / max(float(own), 1e-20)
     chosen = [int(e) for e in np.argsort(-(share_E - base_E)) if not (is_own and e == expert)][:_PARTNERS_SHOWN]
     found = [
-        {"expert": e, "share": _round(float(share_E[e])), "base": _round(float(base_E[e]))}
+        {"expert": e, "share": finite(float(share_E[e])), "base": finite(float(base_E[e]))}
         for e in chosen
         if share_E[e] > 0
     ]
     return {"layer": other, "experts": found}
-
-
-def _rounded(values: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: _round(value) for name, value in values.items() if isinstance(value, float)}
-
-
-def _round(value: float | None) -> float | None:
-    """Return a number to four significant digits; None for what JSON cannot hold."""
-    return None if value is None or not math.isfinite(value) else float(f"{value:.{_DIGITS}g}")

@@ -1,13 +1,12 @@
 """`moevlm replay`: the steps around an event once more, each time with one change: would it have prevented it?"""
 
 import json as json_format
-import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from lightning_moevlm.cli.output import console, show
+from lightning_moevlm.cli.output import console, json_number, show
 from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.study.run.engines import Engine, LocalEngine
@@ -316,8 +315,8 @@ def _records(found: _Found, setting: "Setting", picture: Path) -> list[dict[str,
                 "sentence": _proof_line(found) if answer is None else answer.sentence,
                 "is_proved": found.proof.holds if answer is None else None,
                 "events": [] if course is None else msgspec.to_builtins(course.events),
-                "losses": {} if course is None else {str(at.step): _finite(at.loss) for at in course.steps},
-                "scores": {} if course is None else {str(at.step): _finite(at.score) for at in course.steps},
+                "losses": {} if course is None else {str(at.step): json_number(at.loss) for at in course.steps},
+                "scores": {} if course is None else {str(at.step): json_number(at.score) for at in course.steps},
                 "spoilt_steps": None if course is None else _spoilt(course, setting.step),
                 "picture": str(picture),
             }
@@ -333,7 +332,3 @@ def _spoilt(course: "Course", step: int) -> int:
 
 def _number(value: float) -> str:
     return f"{value:.4g}"
-
-
-def _finite(value: float) -> Any:
-    return value if math.isfinite(value) else str(value)

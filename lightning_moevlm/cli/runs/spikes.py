@@ -1,12 +1,11 @@
 """`moevlm spikes`: what went wrong in a run, what moved first, and what may help."""
 
-import math
 from collections.abc import Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from lightning_moevlm.cli.output import console, show
+from lightning_moevlm.cli.output import console, json_number, show
 from lightning_moevlm.common.atomic_files import explain_write_errors
 from lightning_moevlm.common.errors import UserError
 
@@ -96,7 +95,8 @@ def _record(explanation: "Explanation", page: str | None, reason: str) -> dict[s
     import msgspec
 
     moved = [
-        {**each._asdict(), "score": _finite(each.score), "value": _finite(each.value)} for each in explanation.moved
+        {**each._asdict(), "score": json_number(each.score), "value": json_number(each.value)}
+        for each in explanation.moved
     ]
     return {
         "step": explanation.step,
@@ -121,11 +121,6 @@ def _record(explanation: "Explanation", page: str | None, reason: str) -> dict[s
         "page": page,
         "no_page": reason or None,
     }
-
-
-def _finite(value: float) -> float | str:
-    """Return a number that JSON can hold; others as text."""
-    return value if math.isfinite(value) else str(value)
 
 
 def _text(explanation: "Explanation", record: Mapping[str, object]) -> "RenderableType":

@@ -51,16 +51,14 @@ def describe_damage(row: Row) -> str:
     """Return the damage with its interval."""
     if row.damage is None or row.damage.mean is None:
         return NOTHING
-    interval = f" {format_interval(row.damage.interval)}" if row.damage.interval else ""
-    return f"{format_signed(row.damage.mean)}{interval}"
+    return _with_interval(row.damage.mean, row.damage.interval)
 
 
 def describe_side_effect(one: SideEffect | None) -> str:
     """Return the effect of a cure on a healthy model, with its interval."""
     if one is None or one.effect is None or one.effect.centre is None:
         return NOTHING
-    interval = f" {format_interval(one.effect.interval)}" if one.effect.interval else ""
-    return f"{format_signed(one.effect.centre)}{interval}"
+    return _with_interval(one.effect.centre, one.effect.interval)
 
 
 def describe_cost(fraction: float | None) -> str:
@@ -144,6 +142,10 @@ def _describe_row(row: Row) -> str:
         if names:
             lists.append(f"{word} {', '.join(names)}")
     return f"{row.illness} ({size}): {'; '.join(lists) or 'no cure has a result in every seed yet'}."
+
+
+def _with_interval(value: float, interval: Interval | None) -> str:
+    return format_signed(value) + (f" {format_interval(interval)}" if interval else "")
 
 
 def _bound(share: float) -> str:
