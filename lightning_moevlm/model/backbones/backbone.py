@@ -69,6 +69,11 @@ class BackboneOutput(NamedTuple):
     plans: tuple[NamedPlan, ...]
     attention: tuple[AttentionLogits, ...] = ()
 
+    @property
+    def num_tokens(self) -> int:
+        """B x S, padding included."""
+        return self.tokens_BSD.shape[0] * self.tokens_BSD.shape[1]
+
     def features(self, modality: Modality) -> Tensor:
         """Return the features of one modality's span."""
         span = next(span for span in self.layout.spans if span.modality == modality)

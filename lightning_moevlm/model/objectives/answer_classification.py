@@ -65,10 +65,8 @@ class AnswerClassification(Objective):
                 "AnswerClassification needs images with questions and their answers, and this batch has none: choose "
                 "a set of `moevlm data convert questions`, and set data.annotation to answers"
             )
-        hidden_BP = None
-        if not self.sees_images:
-            hidden_BP = torch.ones(len(questions.keys), self.num_patches, dtype=torch.bool, device=batch.device)
-        output = backbone(*questions[:3], image_mask_BP=hidden_BP)
+        every_BP = torch.ones(len(questions.keys), self.num_patches, dtype=torch.bool, device=batch.device)
+        output = backbone(*questions[:3], image_mask_BP=None if self.sees_images else every_BP)
         with region(self.precision, "heads", output.tokens_BSD.device.type) as cast:
             question_BD = cast(output.read_text())
             logits_BA = self.out(self.norm(F.gelu(self.hidden(question_BD))))
@@ -79,7 +77,7 @@ class AnswerClassification(Objective):
             {TERM: Term(loss_B.mean(), 1.0, len(target_BA))},
             {},
             output.plans,
-            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.num_tokens,
             output.attention,
             answered=None if self.training else self._answered(logits_BA, questions.answers),
             of_samples={} if self.training else {TERM: _of_samples(questions, loss_B, logits_BA, target_BA)},

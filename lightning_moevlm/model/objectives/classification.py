@@ -82,7 +82,7 @@ class Classification(Objective):
             {TERM: Term(loss.mean, 1.0, len(target_M))},
             {TERM: predictions},
             output.plans,
-            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.num_tokens,
             output.attention,
             {} if loss.log_partition_M is None else {TERM: loss.log_partition_M},
             of_samples=of_samples,

@@ -116,7 +116,7 @@ class Contrastive(Objective):
             {TERM: Term(loss, self.weight, len(image_BD))},
             {},
             output.plans,
-            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.num_tokens,
             output.attention,
             embeddings=None if self.training else self._keep(backbone, pairs, image_BD, text_BD),
             of_samples={} if self.training else {TERM: self._of_samples(pairs, image_BD, text_BD)},

@@ -242,7 +242,7 @@ class _Step:
         output: BackboneOutput = self.backbone(images, text, text_mask, image_mask)
         self.plans.extend(output.plans)
         self.attention.extend(output.attention)
-        self.num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
+        self.num_tokens += output.num_tokens
         return output
 
     def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden: "_Hidden") -> None:

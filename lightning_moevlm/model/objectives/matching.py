@@ -119,7 +119,7 @@ class Matching(Objective):
         return output._replace(
             terms={**output.terms, TERM: Term(loss, self.weight, len(has_negative_B))},
             plans=(*output.plans, *_named(_FUSED, fused.plans)),
-            num_tokens=output.num_tokens + fused.tokens_BSD.shape[0] * fused.tokens_BSD.shape[1],
+            num_tokens=output.num_tokens + fused.num_tokens,
             attention=(*output.attention, *fused.attention),
         )
 

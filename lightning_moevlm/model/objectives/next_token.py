@@ -111,7 +111,7 @@ class NextToken(Objective):
                 of_samples[name] = SampleLosses(part.keys, row_M, loss.loss_M.detach(), right_M)
             plans.extend(output.plans)
             attention.extend(output.attention)
-            num_tokens += output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1]
+            num_tokens += output.num_tokens
         if not terms:
             raise UserError(
                 "this batch has no text that a weighted term of NextToken can use: set text_weight for texts alone, "

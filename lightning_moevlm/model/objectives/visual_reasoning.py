@@ -62,14 +62,12 @@ class VisualReasoning(Objective):
             )
         assert statements.text_BL is not None and statements.text_mask_BL is not None
         target_B = self.targets(answers).to(batch.device)
-        hidden_BP = None
-        if not self.sees_images:
-            hidden_BP = torch.ones(2 * len(left), self.num_patches, dtype=torch.bool, device=batch.device)
+        every_BP = torch.ones(2 * len(left), self.num_patches, dtype=torch.bool, device=batch.device)
         output = backbone(
             torch.cat([left, right]),
             statements.text_BL.repeat(2, 1),
             statements.text_mask_BL.repeat(2, 1),
-            image_mask_BP=hidden_BP,
+            image_mask_BP=None if self.sees_images else every_BP,
         )
         with region(self.precision, "heads", output.tokens_BSD.device.type) as cast:
             both_BD = torch.cat(cast(output.read_text()).chunk(2), dim=1)
@@ -81,7 +79,7 @@ class VisualReasoning(Objective):
             {TERM: Term(loss, 1.0, len(target_B))},
             {},
             output.plans,
-            output.tokens_BSD.shape[0] * output.tokens_BSD.shape[1],
+            output.num_tokens,
             output.attention,
             judged=None if self.training else _judge(logits_B2, target_B, statements, answers),
             of_samples=of_samples,
