@@ -1,7 +1,6 @@
 """The LightningModule: a backbone, an objective, auxiliary losses, an optimiser. It computes; callbacks measure."""
 
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,14 +31,7 @@ from lightning_moevlm.training.checkpoints.epoch_position import restore_epoch_p
 from lightning_moevlm.training.checkpoints.init_from import InitFrom
 from lightning_moevlm.training.checkpoints.init_optimizer import StartFrom
 from lightning_moevlm.training.checkpoints.optimizer_state import refuse_other_groups
-from lightning_moevlm.training.checkpoints.partial_step import (
-    PartialStep,
-    gather_ranks,
-    gradients_of,
-    refuse_other_accumulation,
-    restore_gradients,
-    select_rank,
-)
+from lightning_moevlm.training.checkpoints.partial_step import PartialStep, StepInProgress
 from lightning_moevlm.training.checks import trainer_checks
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
@@ -57,9 +49,9 @@ from lightning_moevlm.training.optim import (
 from lightning_moevlm.training.optim.named_parts import refuse_unreached, train_only
 from lightning_moevlm.training.optim.schedules.schedule_length import build_schedule, report_short_run, steps_of_run
 from lightning_moevlm.training.step.logging_steps import is_logging_step
-from lightning_moevlm.training.step.routing_counts import RoutingCounter, loss_inputs
+from lightning_moevlm.training.step.routing_counts import loss_inputs
 from lightning_moevlm.training.step.step_output import StepOutput
-from lightning_moevlm.training.step.step_size import StepSizeMeter, scale_to_step, step_size
+from lightning_moevlm.training.step.step_size import scale_to_step, step_size
 from lightning_moevlm.training.unused_parameters import UnusedParameters
 
 _Losses = tuple[ObjectiveOutput, LossReport]
@@ -131,8 +123,7 @@ class VisionLanguageModule(LightningModule):
         self._gradient_control: GradientControl | None = None
         self.gradient_norms = GradientNorms()
         self._gradient_memory: dict[str, dict[str, Tensor]] = {}  # of a checkpoint, until there is an optimiser
-        self._micro_losses: list[Tensor] = []  # of the current step
-        self._step_sizes = StepSizeMeter(self.objective)
+        self._current_step = StepInProgress(backbone, self.objective)
         self._partial_step: PartialStep | None = None  # of a checkpoint, until training starts
         self._configured_options: ConfiguredOptions | None = None
         self._needs_attention = actions.qk_clip is not None
@@ -140,10 +131,9 @@ class VisionLanguageModule(LightningModule):
         of_losses = {"loss_weights": self._loss_weights} if losses.adapts else {}
         active_actions = build_actions(actions, backbone) | of_losses
         self._counts_routing = losses.reads_counts or any("load" in action.needs for action in active_actions.values())
-        self._routing_counter = RoutingCounter(backbone)
         self.active_actions: Mapping[str, Action] = active_actions
         self.action_runner = (
-            ActionRunner(active_actions, backbone, seed, self._routing_counter) if active_actions else None
+            ActionRunner(active_actions, backbone, seed, self._current_step.routing) if active_actions else None
         )
         limits = find_evaluation_limits(backbone)
         self.val_evaluation, self.test_evaluation = (
@@ -177,7 +167,7 @@ class VisionLanguageModule(LightningModule):
         self.backbone.measure_attention = self.objective.spans_ranks = False
         loss = report.differentiated
         refuse_unreached(loss, self.trainable)
-        self._micro_losses.append(report.task_in_step.detach())
+        self._current_step.losses.append(report.task_in_step.detach())
         return StepOutput(
             loss=loss,
             report=report.detach(),
@@ -194,7 +184,7 @@ class VisionLanguageModule(LightningModule):
         restore_epoch_position(self.trainer)
         partial_step, self._partial_step = self._partial_step, None
         if partial_step is not None:
-            self._restore_partial_step(partial_step)
+            self._current_step.restore(partial_step, self, self.action_runner)
         assert self._configured_options is not None
         self._configured_options.restore()
 
@@ -210,7 +200,7 @@ class VisionLanguageModule(LightningModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """Run the gradient stabilisers on unscaled gradients, once per step; if all are off, Lightning clips."""
-        losses, self._micro_losses = self._micro_losses, []
+        losses, self._current_step.losses = self._current_step.losses, []
         if self._gradient_control is None:
             self.gradient_norms.measure_if_asked(self.parameters())
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
@@ -236,16 +226,8 @@ class VisionLanguageModule(LightningModule):
         """Save the state of the gradient stabilisers and, within an accumulation, the partial step."""
         if self._gradient_control is not None:
             checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
-        if self._micro_losses and "loops" in checkpoint:  # not where weights alone are saved
-            runner, gather = self.action_runner, partial(gather_ranks, trainer=self.trainer)
-            checkpoint["partial_step"] = PartialStep(
-                micro_batches=self.trainer.accumulate_grad_batches,
-                gradients=gradients_of(self, self.trainer),
-                losses=gather(torch.stack(self._micro_losses)),
-                size=self._step_sizes.state(self.global_step),
-                routing=self._routing_counter.state(self._sum_over_ranks, self.device),
-                facts=None if runner is None else runner.collect_partial_step(self.trainer, self.device, gather),
-            )
+        if self._current_step.losses and "loops" in checkpoint:  # not where weights alone are saved
+            checkpoint["partial_step"] = self._current_step.save(self, self.action_runner)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Load both; a UserError if the optimiser's state has other parameter groups."""
@@ -369,32 +351,19 @@ class VisionLanguageModule(LightningModule):
         if self._num_parts == 1:
             return None
         micro_batches = self.trainer.accumulate_grad_batches
-        return self._step_sizes.measure(batch, self.global_step, micro_batches, self._sum_over_ranks)
+        return self._current_step.size.measure(batch, self.global_step, micro_batches, self._sum_over_ranks)
 
     @property
     def _num_parts(self) -> int:
         """Micro-batches of an optimiser step on all ranks."""
         return self.trainer.accumulate_grad_batches * self.trainer.world_size
 
-    def _restore_partial_step(self, saved: PartialStep) -> None:
-        refuse_other_accumulation(saved, self.trainer)
-        restore_gradients(self, saved["gradients"], self.trainer)
-        self._micro_losses = list(select_rank(saved["losses"], self.trainer).to(self.device))
-        self._step_sizes.restore(self.global_step, saved.get("size"))
-        if self.global_rank == 0:  # counts of all ranks, which will be summed
-            routing = {layer: counts.to(self.device) for layer, counts in saved["routing"].items()}
-            self._routing_counter.restore(self.global_step, routing)
-        if self.action_runner is not None and saved["facts"] is not None:
-            self.action_runner.restore_partial_step(
-                saved["facts"], self.device, partial(select_rank, trainer=self.trainer)
-            )
-
     def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
         counts: dict[str, LayerCounts] = {}
         if training and self._counts_routing:
-            self._routing_counter.add(self.global_step, plans)
+            self._current_step.routing.add(self.global_step, plans)
             if self.losses.reads_counts:
-                counts = self._routing_counter.totals(self._sum_over_ranks, self.device)
+                counts = self._current_step.routing.totals(self._sum_over_ranks, self.device)
         return loss_inputs(self.backbone, plans, counts, training)
 
     def _sum_over_ranks(self, counts: Tensor) -> Tensor:
