@@ -150,6 +150,11 @@ class VisionLanguageModule(LightningModule):
             )
         return super().load_from_checkpoint(checkpoint_path, *args, **options)
 
+    def configure_callbacks(self) -> list[Callback]:
+        """Add the callbacks that every run needs: start, actions after each step, report of unused parameters."""
+        every = [StartFrom(self.init_from, self.optimizer_factory), UnusedParameters(self.objective)]
+        return every if self.action_runner is None else [*every, self.action_runner]
+
     def setup(self, stage: str) -> None:
         """Refuse an unsuited trainer; keep pinned regions in fp32, before Lightning casts the module."""
         if stage == "fit" and self.gradient.any_on:
@@ -157,6 +162,43 @@ class VisionLanguageModule(LightningModule):
         trainer_checks.refuse_other_sources(self.trainer, self.objective)
         keep_pinned_regions(self.trainer, self.precision)
         report_batch_dependence(self.backbone, stage)
+
+    def build_optimizer(self) -> Optimizer:
+        """Return a new optimiser over the parameter groups, each with its peak rate and decay."""
+        return build_optimizer(self.optimizer_factory, self.named_parameters(), self.groups, joined_matrices(self))
+
+    def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
+        """Return the schedule of an optimiser for a run of `num_steps`; None without a schedule."""
+        factory = self.schedule_factory
+        return None if factory is None else build_schedule(factory, optimizer, num_steps)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """Build the optimiser over the parameter groups, the schedule per step, and the gradient stabilisers."""
+        optimizer = self.build_optimizer()
+        refuse_vanishing_eps(self.trainer, optimizer)
+        round_state(optimizer, self.precision)
+        if self.gradient.any_on:
+            refuse_unsuited_optimizer(self.trainer, optimizer)
+            self._gradient_control = GradientControl(self.gradient, optimizer, self.gradient_norms)
+            self._gradient_control.load_state_dict(self._gradient_memory)
+            if self.action_runner is not None:
+                self.action_runner.gradient_control = self._gradient_control
+        schedule = self.build_schedule(optimizer, steps_of_run(self.trainer))
+        self._configured_options = ConfiguredOptions(optimizer, keeps_rate=schedule is None)
+        if schedule is None:
+            return {"optimizer": optimizer}
+        report_short_run(schedule, self.trainer)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_train_start(self) -> None:
+        """Resume in the right epoch and step, with the options of this run in place of the checkpoint's."""
+        trainer_checks.refuse_uneven_steps(self.trainer)
+        restore_epoch_position(self.trainer)
+        partial_step, self._partial_step = self._partial_step, None
+        if partial_step is not None:
+            self._current_step.restore(partial_step, self, self.action_runner)
+        assert self._configured_options is not None
+        self._configured_options.restore()
 
     def training_step(self, batch: Batch, batch_idx: int) -> StepOutput:
         """Return the total loss, and the values that callbacks measure."""
@@ -178,20 +220,69 @@ class VisionLanguageModule(LightningModule):
             num_samples=batch.num_samples,
         )
 
-    def on_train_start(self) -> None:
-        """Resume in the right epoch and step, with the options of this run in place of the checkpoint's."""
-        trainer_checks.refuse_uneven_steps(self.trainer)
-        restore_epoch_position(self.trainer)
-        partial_step, self._partial_step = self._partial_step, None
-        if partial_step is not None:
-            self._current_step.restore(partial_step, self, self.action_runner)
-        assert self._configured_options is not None
-        self._configured_options.restore()
+    def compute_losses(self, batch: Batch, step: int, whole: BatchSize | None = None) -> _Losses:
+        """Run the model on a batch of an optimiser step; whole: the size of that step, None if it is the batch."""
+        output, inputs = self._run_objective(batch, "train", step)
+        size, task = None, output.terms
+        if whole is not None:
+            size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
+            task = {name: scale_to_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
+        with region(self.precision, "losses", self.device.type):
+            auxiliary = self.losses.terms(inputs, output.log_partitions, self.current_weights, size)
+        return output, LossReport(task, auxiliary)
+
+    def _run_objective(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
+        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage, step))
+        clash = self.losses.enabled.keys() & output.terms.keys()
+        if clash:
+            raise UserError(
+                f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's, or "
+                "those in losses.others"
+            )
+        return output, self._loss_inputs(output.plans, training=stage == "train")
+
+    def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
+        counts: dict[str, LayerCounts] = {}
+        if training and self._counts_routing:
+            self._current_step.routing.add(self.global_step, plans)
+            if self.losses.reads_counts:
+                counts = self._current_step.routing.totals(self._sum_over_ranks, self.device)
+        return loss_inputs(self.backbone, plans, counts, training)
+
+    def _measure_step(self, batch: Batch) -> BatchSize | None:
+        if self._num_parts == 1:
+            return None
+        micro_batches = self.trainer.accumulate_grad_batches
+        return self._current_step.size.measure(batch, self.global_step, micro_batches, self._sum_over_ranks)
 
     @property
-    def gradient_events(self) -> GradientEvents | None:
-        """Effects of the gradient stabilisers in the last optimiser step; None if all are off."""
-        return None if self._gradient_control is None else self._gradient_control.events
+    def _num_parts(self) -> int:
+        """Micro-batches of an optimiser step on all ranks."""
+        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
+        return self.trainer.strategy.reduce(counts, reduce_op="sum")
+
+    def draws(self, stage: str, step: int = 0) -> Draws:
+        """Return the source of random masks: by optimiser step in training, constant in evaluation."""
+        words = (stage, step) if stage == "train" else ("held out",)
+        return Draws(derive_seed(self.seed, *words))
+
+    def micro_step(self, batch_idx: int) -> int:
+        """Return the number of a micro-batch since the start of training; it seeds the noise."""
+        micro_batches = self.trainer.accumulate_grad_batches
+        return self.global_step * micro_batches + batch_idx % micro_batches
+
+    def seed_noise(self, step: int) -> None:
+        """Seed the draws of routers and dropout by seed, step and rank, so that a resumed run repeats them."""
+        seed = derive_seed(self.seed, "noise", step, self.global_rank)
+        # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
+        torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
+
+    @property
+    def current_weights(self) -> dict[str, float | Tensor]:
+        """The weight of each auxiliary loss in the current step."""
+        return self._loss_weights.at(self.global_step)
 
     def configure_gradient_clipping(
         self,
@@ -222,29 +313,10 @@ class VisionLanguageModule(LightningModule):
         if self._gradient_control is not None:
             self._gradient_control.after_update()
 
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Save the state of the gradient stabilisers and, within an accumulation, the partial step."""
-        if self._gradient_control is not None:
-            checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
-        if self._current_step.losses and "loops" in checkpoint:  # not where weights alone are saved
-            checkpoint["partial_step"] = self._current_step.save(self, self.action_runner)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Load both; a UserError if the optimiser's state has other parameter groups."""
-        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # else load_from_checkpoint
-            refuse_other_groups(checkpoint, self)
-        self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
-        self._partial_step = checkpoint.get("partial_step")
-
-    def configure_callbacks(self) -> list[Callback]:
-        """Add the callbacks that every run needs: start, actions after each step, report of unused parameters."""
-        every = [StartFrom(self.init_from, self.optimizer_factory), UnusedParameters(self.objective)]
-        return every if self.action_runner is None else [*every, self.action_runner]
-
     @property
-    def current_weights(self) -> dict[str, float | Tensor]:
-        """The weight of each auxiliary loss in the current step."""
-        return self._loss_weights.at(self.global_step)
+    def gradient_events(self) -> GradientEvents | None:
+        """Effects of the gradient stabilisers in the last optimiser step; None if all are off."""
+        return None if self._gradient_control is None else self._gradient_control.events
 
     @property
     def can_roll_back(self) -> bool:
@@ -272,74 +344,6 @@ class VisionLanguageModule(LightningModule):
         """Log the epoch."""
         log_values(self, self.test_evaluation.compute(self.current_weights))
 
-    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
-        return pool_features(self.backbone, batch)
-
-    def build_optimizer(self) -> Optimizer:
-        """Return a new optimiser over the parameter groups, each with its peak rate and decay."""
-        return build_optimizer(self.optimizer_factory, self.named_parameters(), self.groups, joined_matrices(self))
-
-    def build_schedule(self, optimizer: Optimizer, num_steps: int | None) -> LRScheduler | None:
-        """Return the schedule of an optimiser for a run of `num_steps`; None without a schedule."""
-        factory = self.schedule_factory
-        return None if factory is None else build_schedule(factory, optimizer, num_steps)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Build the optimiser over the parameter groups, the schedule per step, and the gradient stabilisers."""
-        optimizer = self.build_optimizer()
-        refuse_vanishing_eps(self.trainer, optimizer)
-        round_state(optimizer, self.precision)
-        if self.gradient.any_on:
-            refuse_unsuited_optimizer(self.trainer, optimizer)
-            self._gradient_control = GradientControl(self.gradient, optimizer, self.gradient_norms)
-            self._gradient_control.load_state_dict(self._gradient_memory)
-            if self.action_runner is not None:
-                self.action_runner.gradient_control = self._gradient_control
-        schedule = self.build_schedule(optimizer, steps_of_run(self.trainer))
-        self._configured_options = ConfiguredOptions(optimizer, keeps_rate=schedule is None)
-        if schedule is None:
-            return {"optimizer": optimizer}
-        report_short_run(schedule, self.trainer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def draws(self, stage: str, step: int = 0) -> Draws:
-        """Return the source of random masks: by optimiser step in training, constant in evaluation."""
-        words = (stage, step) if stage == "train" else ("held out",)
-        return Draws(derive_seed(self.seed, *words))
-
-    def micro_step(self, batch_idx: int) -> int:
-        """Return the number of a micro-batch since the start of training; it seeds the noise."""
-        micro_batches = self.trainer.accumulate_grad_batches
-        return self.global_step * micro_batches + batch_idx % micro_batches
-
-    def seed_noise(self, step: int) -> None:
-        """Seed the draws of routers and dropout by seed, step and rank, so that a resumed run repeats them."""
-        seed = derive_seed(self.seed, "noise", step, self.global_rank)
-        # torch.manual_seed formats the stack of calls for each kind of accelerator that is not there: 1 ms of a step
-        torch.default_generator.manual_seed(seed) if self.device.type == "cpu" else torch.manual_seed(seed)
-
-    def compute_losses(self, batch: Batch, step: int, whole: BatchSize | None = None) -> _Losses:
-        """Run the model on a batch of an optimiser step; whole: the size of that step, None if it is the batch."""
-        output, inputs = self._run_objective(batch, "train", step)
-        size, task = None, output.terms
-        if whole is not None:
-            size = step_size(whole, self._num_parts, output.plans, self.backbone, self.objective)
-            task = {name: scale_to_step(term, whole.predictions[name], size.num_parts) for name, term in task.items()}
-        with region(self.precision, "losses", self.device.type):
-            auxiliary = self.losses.terms(inputs, output.log_partitions, self.current_weights, size)
-        return output, LossReport(task, auxiliary)
-
-    def _run_objective(self, batch: Batch, stage: str, step: int = 0) -> tuple[ObjectiveOutput, list[LossInput]]:
-        output: ObjectiveOutput = self.objective(self.backbone, batch, self.draws(stage, step))
-        clash = self.losses.enabled.keys() & output.terms.keys()
-        if clash:
-            raise UserError(
-                f"objective and auxiliary losses share the term names {sorted(clash)}: rename the objective's, or "
-                "those in losses.others"
-            )
-        return output, self._loss_inputs(output.plans, training=stage == "train")
-
     def _evaluate(self, batch: Batch, stage: str, evaluation: Evaluation) -> None:
         if not self.objective.can_use(batch):  # images alone may still be judged by callbacks
             return
@@ -347,24 +351,20 @@ class VisionLanguageModule(LightningModule):
         with region(self.precision, "losses", self.device.type):
             evaluation.update(output, inputs, batch.num_samples)
 
-    def _measure_step(self, batch: Batch) -> BatchSize | None:
-        if self._num_parts == 1:
-            return None
-        micro_batches = self.trainer.accumulate_grad_batches
-        return self._current_step.size.measure(batch, self.global_step, micro_batches, self._sum_over_ranks)
+    def predict_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Return features averaged over real positions, (B, D) each: `image`, `text` and `pair`, as the data allows."""
+        return pool_features(self.backbone, batch)
 
-    @property
-    def _num_parts(self) -> int:
-        """Micro-batches of an optimiser step on all ranks."""
-        return self.trainer.accumulate_grad_batches * self.trainer.world_size
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Save the state of the gradient stabilisers and, within an accumulation, the partial step."""
+        if self._gradient_control is not None:
+            checkpoint["gradient_stabilisers"] = self._gradient_control.state_dict()
+        if self._current_step.losses and "loops" in checkpoint:  # not where weights alone are saved
+            checkpoint["partial_step"] = self._current_step.save(self, self.action_runner)
 
-    def _loss_inputs(self, plans: tuple[NamedPlan, ...], training: bool) -> list[LossInput]:
-        counts: dict[str, LayerCounts] = {}
-        if training and self._counts_routing:
-            self._current_step.routing.add(self.global_step, plans)
-            if self.losses.reads_counts:
-                counts = self._current_step.routing.totals(self._sum_over_ranks, self.device)
-        return loss_inputs(self.backbone, plans, counts, training)
-
-    def _sum_over_ranks(self, counts: Tensor) -> Tensor:
-        return self.trainer.strategy.reduce(counts, reduce_op="sum")
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Load both; a UserError if the optimiser's state has other parameter groups."""
+        if self._trainer is not None and self.trainer.state.fn == TrainerFn.FITTING:  # else load_from_checkpoint
+            refuse_other_groups(checkpoint, self)
+        self._gradient_memory = checkpoint.get("gradient_stabilisers", {})
+        self._partial_step = checkpoint.get("partial_step")
