@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from lightning_moevlm.atlas.causal.effects import GroupEffect
+from lightning_moevlm.atlas.causal.effects import ALPHA, GroupEffect
 from lightning_moevlm.atlas.causal.examine import Examination
 from lightning_moevlm.atlas.causal.groups import EVERY
 from lightning_moevlm.atlas.causal.roles import Need, Role, TestedClaim
@@ -10,7 +10,7 @@ from lightning_moevlm.atlas.causal.show_effect import COLUMNS, effect_record, ef
 from lightning_moevlm.atlas.section import Section, show_p
 from lightning_moevlm.study.report.tables.table import NOTHING, Table
 
-_ALPHA = 0.05
+_LOSS = "Effects are changes of the task loss [95 %]; above 0 is harm."
 _SHOWN, _GROUPS_SHOWN = 2, 5
 
 
@@ -53,11 +53,15 @@ def _excess(claim: TestedClaim) -> float:
 
 
 def _is_needed(role: Role) -> bool:
-    return role.overall is not None and role.overall.mean > 0 and role.overall.p_adjusted <= _ALPHA
+    return role.overall is not None and role.overall.mean > 0 and role.overall.p_adjusted <= ALPHA
 
 
 def _tables(found: Examination) -> tuple[Table, ...]:
-    experts = tuple(
+    return _expert_table(found), _claim_table(found), _layer_table(found)
+
+
+def _expert_table(found: Examination) -> Table:
+    rows = tuple(
         (
             str(role.expert),
             show_effect(role.overall),
@@ -66,7 +70,16 @@ def _tables(found: Examination) -> tuple[Table, ...]:
         )
         for role in found.roles
     )
-    claims = tuple(
+    return Table(
+        "Experts by the harm of their removal",
+        ("expert", "all samples", "p (Holm)", "needed for, more than elsewhere by"),
+        rows,
+        (_LOSS, "A group is named if its loss rises, and more than that of the other samples, both after Holm."),
+    )
+
+
+def _claim_table(found: Examination) -> Table:
+    rows = tuple(
         (
             str(claim.serves.expert),
             claim.serves.group,
@@ -78,8 +91,17 @@ def _tables(found: Examination) -> tuple[Table, ...]:
         )
         for claim in found.claims
     )
+    return Table(
+        "What experts serve, and whether it needs them",
+        ("expert", "serves", "lift", "removal", "effect on it", "elsewhere", "p (Holm)"),
+        rows,
+        (_LOSS, "not seen: another expert may serve the group as well, or the effect is small for this probe."),
+    )
+
+
+def _layer_table(found: Examination) -> Table:
     terms = list(dict.fromkeys(term for each in found.layers for term in each.right))
-    layers = tuple(
+    rows = tuple(
         (
             each.layer,
             each.change,
@@ -89,26 +111,11 @@ def _tables(found: Examination) -> tuple[Table, ...]:
         )
         for each in found.layers
     )
-    loss = "Effects are changes of the task loss [95 %]; above 0 is harm."
-    return (
-        Table(
-            "Experts by the harm of their removal",
-            ("expert", "all samples", "p (Holm)", "needed for, more than elsewhere by"),
-            experts,
-            (loss, "A group is named if its loss rises, and more than that of the other samples, both after Holm."),
-        ),
-        Table(
-            "What experts serve, and whether it needs them",
-            ("expert", "serves", "lift", "removal", "effect on it", "elsewhere", "p (Holm)"),
-            claims,
-            (loss, "not seen: another expert may serve the group as well, or the effect is small for this probe."),
-        ),
-        Table(
-            "Other routings of a whole layer",
-            ("layer", "routing", "all samples", "p (Holm)", *(f"right {term}" for term in terms)),
-            layers,
-            (loss, "right: change of the share of right predictions of a term."),
-        ),
+    return Table(
+        "Other routings of a whole layer",
+        ("layer", "routing", "all samples", "p (Holm)", *(f"right {term}" for term in terms)),
+        rows,
+        (_LOSS, "right: change of the share of right predictions of a term."),
     )
 
 

@@ -66,12 +66,12 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
     half = steps[-1] / 2
     num_panels = 2 if sum(step >= half for step in steps) >= _FEWEST_LATE_STEPS else 1
     grid = figure.subplots(2 if apart else 1, num_panels, squeeze=False, sharex="col")
+    few = len(columns) <= _MANY_BANDS
     for above, since in zip(grid[0], (0.0, half), strict=False):
         for arm in result.arms:
             name = arm.arm.name
             points = _spread(columns[name], _range, since)
-            has_band = name == baseline or len(columns) <= _MANY_BANDS
-            _draw(above, points, look[name], name, name == baseline, has_band)
+            _draw(above, points, look[name], name, name == baseline, has_band=few or name == baseline)
             _draw_failed(above, arm, metric, look[name], since, name if not points else "")
             _mark_ends(above, arm, metric, look[name], since)
         above.set_title("from the untrained model (first point)" if not since else "second half, enlarged", fontsize=10)
@@ -79,24 +79,29 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
         below.axhline(0.0, color=INK, linewidth=1.2)
         for name, column in apart.items():
             points = _spread(column, lambda values: _interval_ends(values, alpha), since)
-            _draw(below, points, look[name], name, False, len(columns) <= _MANY_BANDS)
+            _draw(below, points, look[name], name, False, has_band=few)
     for axes in grid.flat:
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
     for axes in grid[-1]:
         axes.set_xlabel("optimiser steps")
     grid[0][0].set_ylabel(axis_label(title, unit))
-    level = f"{100 * (1 - alpha):g} %"
-    few = len(columns) <= _MANY_BANDS
     if apart:
-        grid[1][0].set_ylabel(
-            f"arm minus {baseline}\n(mean, {level} interval)" if few else f"arm minus {baseline}\n(mean)"
-        )
+        around = f", {_level(alpha)} interval" if few else ""
+        grid[1][0].set_ylabel(f"arm minus {baseline}\n(mean{around})")
     handles, names = grid[0][0].get_legend_handles_labels()
     for text, marker in _marks(result):
         handles.append(Line2D([], [], linestyle="none", marker=marker, markersize=10, markeredgewidth=2.5, color=INK))
         names.append(text)
     figure.legend(handles, names, loc="outside lower center", ncols=legend_columns(names), frameon=False)
+    heading, alt = f"{title[0].upper()}{title[1:]} over training", _describe(result, title, columns, apart, few)
+    return render_figure(figure, "curves", heading, alt, _table(result, columns, apart, steps))
+
+
+def _describe(
+    result: StudyResult, title: str, columns: Mapping[str, Column], apart: Mapping[str, Column], few: bool
+) -> str:
+    """Return the figure in words. few: whether every arm has a band."""
     bands = "bands" if few else "the baseline's band"
     alt = (
         f"Line plots over optimiser steps. Above, {title} of {len(columns)} arms: lines are means over the runs of "
@@ -104,12 +109,16 @@ def draw_curves(result: StudyResult) -> ReportFigure | None:
         + " ".join(_sentence(name, column) for name, column in columns.items() if column)
     )
     if apart:
-        around = f", with {level} intervals" if few else ""
-        alt += f" Below, differences from {baseline}, paired by seed{around}. " + " ".join(
+        alpha = result.comparison.decide.alpha
+        around = f", with {_level(alpha)} intervals" if few else ""
+        alt += f" Below, differences from {result.comparison.baseline}, paired by seed{around}. " + " ".join(
             f"{name} ends at {_format_difference(column[max(column)], alpha)}." for name, column in apart.items()
         )
-    heading = f"{title[0].upper()}{title[1:]} over training"
-    return render_figure(figure, "curves", heading, alt, _table(result, columns, apart, steps))
+    return alt
+
+
+def _level(alpha: float) -> str:
+    return f"{100 * (1 - alpha):g} %"
 
 
 def group_by_step(arm: ArmResult, metric: str) -> Column:
