@@ -5,8 +5,6 @@ import sys
 import time
 from pathlib import Path
 
-from PIL import Image
-
 from lightning_moevlm.tracking import RunLogger
 from tests.tracking.tiny import TinyData, TinyModule, tiny_trainer
 
@@ -21,7 +19,8 @@ class Slow(TinyModule):
         if self.global_step == 6:
             logger.log_tags({"sixth": "seen"})
             logger.log_artifact_text("notes/six.txt", "six")
-            logger.log_image("val/picture", Image.new("RGB", (8, 8), "red"), step=6)
+            Path("six.bin").write_bytes(b"six")
+            logger.log_file(Path("six.bin"), "files")
         while self.global_step == int(os.environ["WAITS_AT"]) and not Path("go_on").exists():
             time.sleep(0.05)
         time.sleep(self.seconds)

@@ -35,7 +35,6 @@ from lightning_moevlm.tracking.store import (
     runs_dir,
     sqlite_path,
 )
-from lightning_moevlm.tracking.write.image_series import write_series_image
 from lightning_moevlm.tracking.write.metric_names import LONGEST_NAME, MetricNames
 from lightning_moevlm.tracking.write.offline_log import Address, OfflineLog, find_offline_logs
 from lightning_moevlm.tracking.write.open_run import (
@@ -52,9 +51,7 @@ from lightning_moevlm.tracking.write.sender import Sender
 from lightning_moevlm.tracking.write.store_outage import OutageGuard
 
 if TYPE_CHECKING:
-    from matplotlib.figure import Figure
     from mlflow import MlflowClient
-    from PIL.Image import Image
 
 _EXPERIMENT = "moevlm"
 _DIVERGED = metric_keys.FIRST_NONFINITE_STEP.key()
@@ -215,19 +212,6 @@ class RunLogger(MLFlowLogger):
         """Keep a text as artifact `name`, a relative path with `/`."""
         with self._add_files() as folder:
             _place(folder / name).write_text(text, encoding="utf-8")
-
-    @rank_zero_only
-    def log_figure(self, name: str, figure: "Figure") -> None:
-        """Keep a matplotlib figure as artifact `name`; the ending (`.png`, `.svg` ...) chooses the format."""
-        with self._add_files() as folder:
-            figure.savefig(_place(folder / name), bbox_inches="tight")
-
-    @rank_zero_only
-    def log_image(self, key: str, image: "Image", step: int) -> None:
-        """Keep an image of a series; the UI shows the series with a slider over steps."""
-        with self._add_files() as folder:
-            tags = write_series_image(folder, image, self._names.safe(key), step)
-        self.log_tags(tags)
 
     @rank_zero_only
     def log_directory(self, directory: Path, artifact_path: str) -> None:
