@@ -25,7 +25,6 @@ _REMEDY = "leave the tar out of data.urls"
 _SHOWN = 6
 _TAR_BLOCK = 512
 _GZIP = b"\x1f\x8b"
-_Stage = Callable[[Iterable[Any]], Iterator[Any]]
 
 
 def read_tars(

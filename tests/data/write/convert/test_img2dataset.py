@@ -17,15 +17,13 @@ from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.inspect.check import check_set
 from lightning_moevlm.data.storage.shard_storage import ShardStorage
 from lightning_moevlm.data.write.convert.bad_rows import TooManyBadError
-from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence, SetOptions
+from lightning_moevlm.data.write.convert.convert import Converted, ConvertOptions, Licence
 from lightning_moevlm.data.write.convert.keep_tars import keep_tars
-from lightning_moevlm.data.write.convert.shard_image import ImageOptions
 from lightning_moevlm.data.write.convert.sources.img2dataset import Img2datasetSource
 from tests.data.sources import caption, img2dataset_source, make_image, write_set
 from tests.data.write.convert.test_convert import contents, members
 
 LICENCE = Licence("CC BY 4.0", "", "")
-FORM = SetOptions(ImageOptions("jpg", None), 16, 400)
 
 
 def keep(folder: Path, out: Path, max_bad: int = 0, jobs: int = 1) -> Converted:

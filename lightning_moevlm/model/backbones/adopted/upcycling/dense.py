@@ -43,11 +43,6 @@ class Form(NamedTuple):
     joined: Joined | None
     activation: str
 
-    @property
-    def is_gated(self) -> bool:
-        """Whether there is a gate."""
-        return bool(self.gate) or self.joined is not None
-
 
 class Dense(NamedTuple):
     """A dense feed-forward of a model.
