@@ -119,7 +119,7 @@ def choices_of(plans: Sequence[PlacedPlan], reader: LabelReader, batch: Batch) -
     patches, shape = reader.grid**2, (batch.num_samples, reader.length)
     found: dict[str, LayerChoices] = {}
     for named, rows in plans:
-        columns = _columns(named, len(rows), patches, reader.length)
+        columns = _columns(named, len(rows), patches)
         plan = named.plan
         if named.layer not in found:
             empty = torch.zeros(*shape, plan.num_experts)
@@ -146,7 +146,7 @@ def _dense(plan: RoutingPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return plan.valid_T, chosen.view(shape), weight.view(shape), plan.probs_TE.float() * valid_T1
 
 
-def _columns(named: NamedPlan, num_rows: int, patches: int, length: int) -> slice:
+def _columns(named: NamedPlan, num_rows: int, patches: int) -> slice:
     """Return the positions of a plan's tokens in the rows of the probe."""
     per_row = named.plan.num_tokens // num_rows
     modalities = {Modality(kind) for kind in named.plan.modality_T.unique().tolist()}

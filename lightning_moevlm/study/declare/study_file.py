@@ -75,7 +75,7 @@ def read_study(file: Path) -> Study:
     design = _design(root, keys)
     arms = _designed_arms(design, keys.design) if design and keys.design else _explicit_arms(root.child("arms"))
     primary = Primary(keys.primary.metric, _better(keys.primary, root.child("primary")))
-    baseline = _baseline(root, keys, arms)
+    baseline = _baseline(keys, arms)
     comparison = Comparison(
         name=file.stem,
         question=keys.question,
@@ -189,7 +189,7 @@ def _designed_arms(design: Design, node: YamlNode) -> tuple[Arm, ...]:
     return tuple(arms.values())
 
 
-def _baseline(root: YamlNode, keys: StudyFile, arms: tuple[Arm, ...]) -> str:
+def _baseline(keys: StudyFile, arms: tuple[Arm, ...]) -> str:
     names = tuple(arm.name for arm in arms)
     name = names[0] if keys.baseline is None else keys.baseline.choice(names)
     if keys.arms is not None and next(arm for arm in arms if arm.name == name).changes:

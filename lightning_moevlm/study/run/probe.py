@@ -59,7 +59,7 @@ def probe_arms(plan: Plan, command: ProbeCommand, tick: Callable[[str], None]) -
     probes = {}
     for arm in plan.comparison.arms:
         tick(arm.name)
-        probes[arm.name] = _probe(plan, first[arm.name], command)
+        probes[arm.name] = _probe(first[arm.name], command)
     return probes
 
 
@@ -74,7 +74,7 @@ def num_validations(resolved: Mapping[str, Any], max_steps: int) -> int:
     return untrained + -(-max_steps // steps)
 
 
-def _probe(plan: Plan, run: PlannedRun, command: ProbeCommand) -> Probe:
+def _probe(run: PlannedRun, command: ProbeCommand) -> Probe:
     with TemporaryDirectory() as place:
         folder = Path(place)
         times = folder / "times.json"
