@@ -149,6 +149,13 @@ def last_checkpoint(workplace: Path) -> Path:
     return path
 
 
+def step_of(checkpoint: Path) -> int:
+    """The optimiser steps that a checkpoint has done."""
+    import torch
+
+    return int(torch.load(checkpoint, weights_only=True)["global_step"])
+
+
 def furnish(folder: Path, scenes_root: Path, migrated_database: Path) -> None:
     """Make a folder a workplace."""
     for shipped in ("conf", "ablations"):

@@ -20,7 +20,7 @@ from lightning_moevlm.configuration.run_option import expand_run_option
 from lightning_moevlm.tracking.read.runs import metric_history
 from lightning_moevlm.tracking.read.sqlite_rows import points_of, reading
 from lightning_moevlm.training.callbacks import StepProgress
-from tests.conftest import PROJECT, run_in
+from tests.conftest import PROJECT, run_in, step_of
 from tests.small_run import SMALL, budget
 
 Moevlm = Callable[..., str]
@@ -57,10 +57,6 @@ def assert_each_point_once(workplace: Path) -> None:
 def last(workplace: Path) -> Path:
     run = the_run(workplace).info
     return workplace / "runs" / run.experiment_id / run.run_id / "checkpoints/last.ckpt"
-
-
-def step_of(checkpoint: Path) -> int:
-    return int(torch.load(checkpoint, weights_only=True)["global_step"])
 
 
 def resume_words(told: str) -> list[str]:

@@ -2,7 +2,6 @@
 
 import gzip
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,22 +15,10 @@ from lightning_moevlm.data.plain.options import WebDatasetOptions
 from lightning_moevlm.data.read.evaluation_reader import FixedReader
 from lightning_moevlm.data.read.reader import Cursor, Reader
 from lightning_moevlm.data.read.sample_order import Rank
-from tests.data.found_tars import flat, folder_of, sample, three_tars, write_tar
+from tests.data.found_tars import flat, sample, write_tar
 from tests.data.plain.maps import Turned, failing, shout
 from tests.data.sources import caption
-from tests.data.unsteady_server import Unsteady, serve
-
-
-@pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    """A folder of three tars with eight samples each; the keys are numbers."""
-    return folder_of(tmp_path / "web", *three_tars(8))
-
-
-@pytest.fixture
-def server(tars: Path) -> Iterator[Unsteady]:
-    with serve(Unsteady(tars)) as behaviour:
-        yield behaviour
+from tests.data.unsteady_server import Unsteady
 
 
 def plain(urls: Any, cache: Path, reading: WebDatasetOptions | None = None, **options: Any) -> ShardDataModule:

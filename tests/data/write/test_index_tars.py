@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -37,18 +36,6 @@ def batches(root: Path, cache: Path) -> list[tuple[str, ...]]:
     data = ShardDataModule(str(root), 4, 16, 16, 400, num_streams=2, cache_dir=str(cache))
     data.prepare_data()
     return [batch.keys for loader in (data.train_dataloader(), data.val_dataloader()) for batch in loader]
-
-
-@pytest.fixture
-def tars(tmp_path: Path) -> Path:
-    """A folder of three tars with eight samples each."""
-    return folder_of(tmp_path / "web", *three_tars(8))
-
-
-@pytest.fixture
-def server(tars: Path) -> Iterator[Unsteady]:
-    with serve(Unsteady(tars)) as behaviour:
-        yield behaviour
 
 
 def test_tars_stay_and_are_read_exactly(tars: Path, tmp_path: Path) -> None:

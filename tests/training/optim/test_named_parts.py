@@ -1,14 +1,11 @@
 """Training of named parts: the others stay as they are, whatever acts on the model."""
 
 import logging
-import os
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
@@ -91,17 +88,6 @@ def test_a_trained_part_takes_the_step_that_it_takes_with_all_others() -> None:
         fit(each, 1, batches=[pair_batch()])
     for name, value in alone.backbone.connector.state_dict().items():  # type: ignore[union-attr]
         assert torch.equal(value, whole.backbone.connector.state_dict()[name]), name  # type: ignore[union-attr]
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    """Lightning leaves the process group and its variables behind."""
-    before = dict(os.environ)
-    yield
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    os.environ.clear()
-    os.environ.update(before)
 
 
 @pytest.mark.usefixtures("one_rank")

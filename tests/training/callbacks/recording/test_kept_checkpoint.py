@@ -12,12 +12,9 @@ from lightning_moevlm.training.actions import Actions
 from lightning_moevlm.training.callbacks import FlightRecorder, LastCheckpoint
 from lightning_moevlm.training.callbacks.recording.kept_checkpoint import keep_checkpoint_before
 from lightning_moevlm.training.checkpoints.find_checkpoint import find_checkpoint_before
+from tests.conftest import step_of
 from tests.small_model import pair_batch
 from tests.training.small_fit import Poison, fit, tiny_module
-
-
-def step_of(path: Path) -> int:
-    return int(torch.load(path, weights_only=True)["global_step"])
 
 
 @pytest.mark.parametrize("kept", [0, 2])

@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_moevlm.training.callbacks import LastCheckpoint
 from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_checkpoint
+from tests.conftest import step_of
 from tests.tracking.tiny import TinyModule
 
 SCORES = {10: 6.0, 20: 5.0, 30: 4.0, 40: 3.0, 50: 1.0, 60: 2.0}
@@ -44,10 +45,6 @@ def fit(folder: Path, *callbacks: Callback, resume: Path | None = None, **option
 
 def best(top_k: int = 1, **options: Any) -> ModelCheckpoint:
     return ModelCheckpoint(monitor="val/task_loss", save_top_k=top_k, save_on_train_epoch_end=False, **options)
-
-
-def step_of(path: Path) -> int:
-    return int(torch.load(path, weights_only=True)["global_step"])
 
 
 @pytest.mark.parametrize("top_k", [0, 1, -1])
