@@ -3,7 +3,7 @@
 import dataclasses
 import inspect
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -41,7 +41,7 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
     """List parts for configurations, plug-ins included, and designs and metrics for studies: moevlm list [KIND].
 
     Args:
-        kind: Kind to list; by default all.
+        kind: Kind to list, with what each part is; by default the names of all kinds.
         json: Write the rows to this file as JSON; - is standard output.
     """
     from rich.console import Group
@@ -58,10 +58,28 @@ def list_parts(kind: Kind | None = None, json: str | None = None) -> None:
         for part in parts
     ]
     rows += [row for name, make in of_studies.items() if kind in (None, name) for row in make()]
-    table = Table("kind", "name", "what it is", title=None)
+    if kind is None:
+        show(_overview(rows), rows, json)
+        return
+    table = Table("name", "what it is")
     for row in rows:
-        table.add_row(row["kind"], row["name"], Text(row["summary"]))
+        table.add_row(row["name"], Text(row["summary"]))
     show(Group(Text(_PLACEHOLDERS), table) if kind == "metrics" else table, rows, json)
+
+
+def _overview(rows: Sequence[Mapping[str, str]]) -> "RenderableType":
+    """Return the names of every kind; of metrics, which are many and long, only their number."""
+    from rich.console import Group
+    from rich.table import Table
+    from rich.text import Text
+
+    names: dict[str, list[str]] = {}
+    for row in rows:
+        names.setdefault(row["kind"], []).append(row["name"])
+    table = Table("kind", "parts")
+    for kind, parts in names.items():
+        table.add_row(kind, Text(f"{len(parts)} keys" if kind == "metrics" else ", ".join(parts)))
+    return Group(table, Text("`moevlm list KIND` says what each is; `moevlm describe NAME` explains one."))
 
 
 def describe(name: str | None = None, configs: list[str] | None = None, json: str | None = None) -> None:

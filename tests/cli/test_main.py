@@ -253,6 +253,20 @@ def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None
     assert options == {"dim": None, "num_experts": None, "top_k": "1", "renormalise": "False"}
 
 
+def test_without_a_kind_names_are_listed_on_one_screen(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from lightning_moevlm.cli.main import main
+    from lightning_moevlm.contracts import metric_keys
+
+    monkeypatch.setenv("COLUMNS", "120")
+    assert main(["list"]) == 0
+    shown = capsys.readouterr().out
+    assert len(shown.splitlines()) <= 48
+    assert all(name in shown for name in ("TopKRouter", "RouterZ", "FlightRecorder", "leave_one_out"))
+    assert f"{len(metric_keys.ALL)} keys" in shown and "task_loss" not in shown
+
+
 def test_a_configuration_is_described_by_its_costs(moevlm: Moevlm, workplace: Path) -> None:
     import json
 

@@ -247,6 +247,7 @@ def answers(path: str, num_answers: int | None = None, annotation: str = "answer
     Console().print(
         f"wrote {target}: {len(counted.answers):,} answers, which cover {coverage.share:.1%} of "
         f"{coverage.num_questions:,} training samples",
+        soft_wrap=True,
         highlight=False,
     )
 

@@ -1,6 +1,7 @@
-"""Prints the results of `validate`, `test` and `predict`."""
+"""Prints the results of `fit`, `validate`, `test` and `predict`."""
 
 from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -20,9 +21,21 @@ from lightning_moevlm.training.vision_language_module import VisionLanguageModul
 WRITE_FEATURES = "--trainer.callbacks+=lightning_moevlm.training.callbacks.FeatureWriter"
 """The option that saves predictions."""
 
+_WIDTH = 120
+"""Columns of the table where no terminal has a width, as in a log file."""
+
+
+class Validation(NamedTuple):
+    """One validation of fit."""
+
+    step: int  # optimiser steps before it
+    metrics: Mapping[str, float]
+
 
 class ResultTable(Callback):
-    """Prints a table of metrics after validate and test (not inside fit), and the folder of predictions.
+    """Prints a table of metrics at the end of fit, validate and test, and the folder of predictions.
+
+    That of fit has the `val/` metrics of the first and of the last validation. Loss terms and routing are in the log.
 
     Raises:
         UserError: a validation or test that measured nothing.
@@ -30,17 +43,31 @@ class ResultTable(Callback):
 
     def __init__(self) -> None:
         self._num_batches = 0  # predicted on this rank
+        self._first: Validation | None = None
+        self._last: Validation | None = None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget the validations of an earlier fit."""
+        self._first = self._last = None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Print the table, unless this is a validation of fit."""
+        """Print the table; within fit keep the metrics for its end."""
         if trainer.state.fn == TrainerFn.VALIDATING:
             _refuse_no_result(trainer, pl_module)
-            _print_table(trainer, "validate")
+            _print_table(result_table(_metrics(trainer), "validate"))
+        else:
+            self._last = Validation(trainer.global_step, _metrics(trainer))
+            self._first = self._first or self._last
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Print the metrics of the last validation beside those of the first."""
+        if self._first is not None and self._last is not None and self._first.step < self._last.step:
+            _print_table(progress_table(self._first, self._last))
 
     def on_test_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the table."""
         _refuse_no_result(trainer, pl_module)
-        _print_table(trainer, "test")
+        _print_table(result_table(_metrics(trainer), "test"))
 
     def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Reset the count."""
@@ -68,18 +95,52 @@ class ResultTable(Callback):
 
 
 def result_table(metrics: Mapping[str, float], title: str) -> Table:
-    """Return a table of metrics, sorted by key, with units and meanings from their declarations."""
+    """Return a table of metrics, sorted by key. What needs no model stands beside the metric that it belongs to."""
+    return _table(title, {"value": metrics})
+
+
+def progress_table(first: Validation, last: Validation) -> Table:
+    """Return a table of the last validation's `val/` metrics beside those of the first."""
+    columns = {
+        f"step {each.step}": {key: value for key, value in each.metrics.items() if _is_result(key)}
+        for each in (first, last)
+    }
+    return _table("validation", columns)
+
+
+def _is_result(key: str) -> bool:
+    known = metric_keys.find_metric(key)
+    return key.startswith("val/") and known not in (metric_keys.TOTAL_LOSS, metric_keys.EVAL_DROP_RATE)
+
+
+def _table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Return a table with a row per key of the last column."""
+    last = list(columns.values())[-1]
+    beside = {key: trivial for key in last if (trivial := metric_keys.find_trivial(key)) and trivial in last}
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD)
     table.add_column("metric", no_wrap=True)
-    table.add_column("value", justify="right", no_wrap=True)
-    table.add_column("unit")
-    table.add_column("meaning")
-    for key in sorted(metrics):
-        known = metric_keys.find_metric(key)
-        value = metrics[key]
-        text = f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
-        table.add_row(key, text, known.unit if known else "", known.title if known else "")
+    for name in (*columns, *(["no model"] if beside else [])):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("meaning", no_wrap=True)
+    for key in sorted(last.keys() - set(beside.values())):
+        values = [_format(metrics.get(key)) for metrics in columns.values()]
+        if beside:
+            values.append(_format(last.get(beside.get(key, ""))))
+        table.add_row(key, *values, _describe(key))
     return table
+
+
+def _describe(key: str) -> str:
+    known = metric_keys.find_metric(key)
+    if known is None:
+        return ""
+    return f"{known.title} ({known.unit})" if known.unit else known.title
+
+
+def _format(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4f}" if 1e-3 <= abs(value) < 1e5 else f"{value:.4g}"
 
 
 def prediction_writers(trainer: Trainer) -> list[BasePredictionWriter]:
@@ -97,11 +158,15 @@ def _refuse_no_result(trainer: Trainer, pl_module: LightningModule) -> None:
         )
 
 
+def _metrics(trainer: Trainer) -> dict[str, float]:
+    return {key: float(value) for key, value in trainer.callback_metrics.items()}
+
+
 @rank_zero_only
-def _print_table(trainer: Trainer, title: str) -> None:
-    metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
-    if metrics:
-        Console().print(result_table(metrics, title))
+def _print_table(table: Table) -> None:
+    terminal = Console()
+    if table.row_count:
+        (terminal if terminal.is_terminal else Console(width=_WIDTH)).print(table)
 
 
 @rank_zero_only

@@ -23,17 +23,19 @@ def run(capfd: pytest.CaptureFixture[str], *arguments: str) -> tuple[str, str]:
     return out, err
 
 
-def test_a_row_has_value_unit_and_meaning() -> None:
-    metrics = {"val/task_loss": 12.5, "val/accuracy_text": 0.0, "own": float("nan"), "val/total_loss": 1.25e-7}
+def test_a_row_has_value_and_meaning_and_beside_it_what_needs_no_model() -> None:
+    accuracies = {"val/accuracy_text": 0.0, "val/majority_text": 0.25, "val/majority_image": 0.5}
+    metrics = {"val/task_loss": 12.5, "own": float("nan"), "val/total_loss": 1.25e-7, **accuracies}
     shown = io.StringIO()
     Console(file=shown, width=100).print(result_table(metrics, "validate"))
-    title, _, *lines = (line.strip() for line in shown.getvalue().splitlines() if line.strip())
-    assert title == "validate"
+    title, head, *lines = (line.strip() for line in shown.getvalue().splitlines() if line.strip())
+    assert (title, re.split(r"\s{2,}", head)) == ("validate", ["metric", "value", "no model", "meaning"])
     assert [re.split(r"\s{2,}", line) for line in lines if not line.startswith("──")] == [
         ["own", "nan"],
-        ["val/accuracy_text", "0", "fraction", "accuracy of predicted classes"],
-        ["val/task_loss", "12.5000", "sum of term losses", "task loss"],
-        ["val/total_loss", "1.25e-07", "sum of term losses", "total loss"],
+        ["val/accuracy_text", "0", "0.2500", "accuracy of predicted classes (fraction)"],
+        ["val/majority_image", "0.5000", "accuracy of the majority class (fraction)"],
+        ["val/task_loss", "12.5000", "task loss (sum of term losses)"],
+        ["val/total_loss", "1.25e-07", "total loss (sum of term losses)"],
     ]
 
 
@@ -47,8 +49,24 @@ def test_an_evaluation_shows_its_metrics_once(command: str, stage: str, capfd: p
 
 
 @pytest.mark.usefixtures("workplace")
-def test_fit_shows_no_table(capfd: pytest.CaptureFixture[str]) -> None:
-    out, err = run(capfd, "fit", *SMALL, *budget(2, val_every=1), ALONE, "--trainer.logger=false")
+def test_fit_shows_its_first_and_its_last_validation(capfd: pytest.CaptureFixture[str]) -> None:
+    def shown(command: str, *arguments: str) -> dict[str, list[str]]:
+        out, _ = run(capfd, command, *SMALL, *arguments, ALONE, "--trainer.logger=false")
+        lines = (re.split(r"\s{2,}", line.strip()) for line in out.splitlines())
+        return {first: rest for first, *rest in lines if rest}
+
+    untrained, fitted = shown("validate"), shown("fit", *budget(2, val_every=1))
+    assert fitted["metric"] == ["step 0", "step 2", "no model", "meaning"]
+    assert all(key == "metric" or key.startswith("val/") for key in fitted)
+    before, after, meaning = fitted["val/task_loss"]
+    assert before == untrained["val/task_loss"][0] and float(after) < float(before) and meaning.startswith("task loss")
+    assert fitted["val/accuracy_pair_text"][2] == untrained["val/accuracy_pair_text"][1]
+    assert "val/total_loss" not in fitted and "val/drop_rate/block1/image" not in fitted
+
+
+@pytest.mark.usefixtures("workplace")
+def test_fit_without_a_second_validation_shows_no_table(capfd: pytest.CaptureFixture[str]) -> None:
+    out, err = run(capfd, "fit", *SMALL, *budget(2, val_every=1), ALONE, "--trainer.fast_dev_run=true")
     assert "task_loss" not in out + err
 
 

@@ -36,6 +36,10 @@ _CAPPED = (
     "In effects a run that failed counts with its capped value: its last one, but no worse than its untrained model's. "
     "That also stands for a value that is not finite."
 )
+_SEEDS_AGAINST_CHANCE = (
+    "If an arm's note gives a p of failures by chance, its seeds needed are those at which chance no longer explains "
+    "the same shares of failures."
+)
 _CORRECTED: dict[Correction, str] = {
     "none": "Neither p nor intervals are corrected for the number of comparisons.",
     "holm": "p is corrected for the number of comparisons (Holm). Intervals are not.",
@@ -56,9 +60,9 @@ def effects_table(result: StudyResult) -> Table:
         "standard deviation over runs that survived, without those that diverged or did not learn. (k of n): over k of "
         "the n seeds.",
         f"effect: arm minus {study.baseline}, paired by seed. {_DECIDING[rule.test]} {_CORRECTED[rule.correction]}",
-        *([_CAPPED] if any(arm.failed for arm in result.arms) else []),
         "seeds needed: for 80 % power of one t-test at this effect and spread. It is estimated from 3 seeds on, up to "
-        "1,000. Where the note gives a p of failures by chance: so many that chance does not explain the same shares.",
+        "1,000.",
+        *([_CAPPED, _SEEDS_AGAINST_CHANCE] if any(arm.failed for arm in result.arms) else []),
     ]
     if rule.within is not None:
         notes.append(f"no difference: the whole interval lies within ±{rule.within:g}, the study's `within`.")

@@ -64,7 +64,9 @@ def _with_length(factory: Factory, num_steps: int | None) -> Factory:
 
 
 def report_short_run(schedule: LRScheduler, trainer: Trainer) -> None:
-    """Report that the run ends before its schedule, so the rate stays above its end."""
+    """Report that the run ends before its schedule, so the rate stays above its end; a fast_dev_run always does."""
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]  # Lightning sets it without declaring it
+        return
     length = next((getattr(schedule, name) for name in _LENGTHS if hasattr(schedule, name)), None)
     num_steps = steps_of_run(trainer)
     if isinstance(length, int) and num_steps is not None and num_steps < length:

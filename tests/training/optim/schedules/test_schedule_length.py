@@ -62,6 +62,7 @@ def test_with_a_clock_alone_a_schedule_asks_for_a_number_or_a_constant_rate() ->
         (80, {"max_epochs": -1, "max_steps": 3}, "the run ends at step 3 (trainer.max_steps 3) of a schedule of 80"),
         (3, {"max_epochs": -1, "max_steps": 3}, ""),
         (2, {"max_epochs": 1}, ""),  # the rate stays where the schedule ends
+        (80, {"max_epochs": 1, "fast_dev_run": True}, ""),
     ],
 )
 def test_a_run_that_ends_before_its_schedule_is_reported(
