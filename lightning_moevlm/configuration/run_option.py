@@ -18,14 +18,14 @@ from lightning.pytorch.utilities.rank_zero import rank_zero_info
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.flat_config import flatten
-from lightning_moevlm.common.secret_masking import MASK
+from lightning_moevlm.common.secret_masking import MASK, mask_url_secrets
 from lightning_moevlm.common.yaml_text import read_yaml
 from lightning_moevlm.contracts.exported_model import is_exported
 from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_runs
-from lightning_moevlm.tracking.read.runs import find_runs_anywhere
+from lightning_moevlm.tracking.read.runs import find_runs_anywhere, has_run
 from lightning_moevlm.tracking.record.config_files import names_config
 from lightning_moevlm.tracking.record.provenance import SLURM_JOB_TAG
-from lightning_moevlm.tracking.store import resolve_tracking_uri, runs_dir, sqlite_path
+from lightning_moevlm.tracking.store import has_store, prepare_store, resolve_tracking_uri, runs_dir, sqlite_path
 from lightning_moevlm.training.checkpoints.checkpoint_file import find_best_checkpoint
 
 RUN, CHECKPOINT = "--run", "--ckpt_path"
@@ -78,7 +78,7 @@ class TrainedModel(NamedTuple):
     folder: Path | None
     """Of the run; None if no run is known."""
     store: str | None
-    """MLflow store that the run has logged to."""
+    """MLflow store that has the run; None if it is not known here."""
 
 
 def find_trained_model(name: str, wanted: str, config: str | None, uri: str | None) -> TrainedModel:
@@ -87,11 +87,12 @@ def find_trained_model(name: str, wanted: str, config: str | None, uri: str | No
     Args:
         name: id, name or folder of a run, or a checkpoint: a .ckpt file, or the folder of an exported model.
         wanted: checkpoint of a run: last, best, or the name of a file; not used if `name` is one.
-        config: configuration of the training; None is that of the run.
+        config: configuration of the training of a checkpoint of no known run; else None.
         uri: store of the run; None is that beside its folder, or the one in force.
 
     Raises:
-        UserError: no such run or checkpoint, or a checkpoint of no known run without a configuration.
+        UserError: no such run, checkpoint or store, a checkpoint of no known run without a configuration, or a
+            configuration beside that of a run.
     """
     path = Path(name)
     is_checkpoint = path.suffix == ".ckpt" or is_exported(path)
@@ -109,8 +110,15 @@ def find_trained_model(name: str, wanted: str, config: str | None, uri: str | No
     else:
         run, store = _find(name, uri, "RUN")
         checkpoint = _checkpoint(run, wanted)
-    file = run.config / "config.yaml" if config is None else Path(config)
-    return TrainedModel(checkpoint, file, run.folder, store if _uses_run_logger(run.resolved) else None)
+    if config is not None:
+        raise UserError(
+            f"-c is {config}, but {name} is of a run that has the configuration of its training, {run.config}: leave "
+            "-c out"
+        )
+    is_there = _uses_run_logger(run.resolved) and has_run(store, run.folder.name)
+    if uri is not None and not is_there:
+        raise UserError(f"{_no_run_in(store, run)}: leave --tracking_uri out, or give the store that it has logged to")
+    return TrainedModel(checkpoint, run.config / "config.yaml", run.folder, store if is_there else None)
 
 
 def find_recorded_run(name: str, uri: str | None) -> tuple[RecordedRun, str]:
@@ -126,6 +134,8 @@ def find_recorded_run(name: str, uri: str | None) -> tuple[RecordedRun, str]:
     run, store = _find(name, uri, "RUN")
     if not _uses_run_logger(run.resolved):
         raise UserError(f"RUN is {name}: it has not logged to MLflow (trainer.logger), so there is no run to replay")
+    if not has_run(store, run.folder.name):
+        raise UserError(f"{_no_run_in(store, run)}: give its store, --tracking_uri URI")
     return run, store
 
 
@@ -208,20 +218,25 @@ def _find(name: str, uri: str | None, label: str = RUN) -> tuple[RecordedRun, st
     folder = Path(name)
     if folder.is_dir():
         database = folder.absolute().parent.parent / "mlflow.db"
-        beside = f"sqlite:///{database}" if database.exists() else resolve_tracking_uri(None)
-        return _read(folder, name, label), uri or beside
+        if uri is None and database.exists():
+            return _read(folder, name, label), f"sqlite:///{database}"
+        return _read(folder, name, label), resolve_tracking_uri(uri)
     store = resolve_tracking_uri(uri)
-    path = sqlite_path(store)
-    if path is not None and not path.exists():
+    if not has_store(store):
         raise UserError(
-            f"{label} is {name}: there is no such folder, and no database {path} with run names; give the run's "
-            "folder, or the store in MLFLOW_TRACKING_URI"
+            f"{label} is {name}: there is no such folder, and no database {sqlite_path(store)} with run names; give "
+            "the run's folder, or the store in MLFLOW_TRACKING_URI"
         )
+    prepare_store(store)  # MLflow would write its tables into any database that it opens
     rows = choose_runs(store, [name])
     if len(rows) > 1:
         ids = ", ".join(row.run_id[:SHOWN_DIGITS] for row in rows[:4])
         raise UserError(f"{label} is {name}, the name of {len(rows)} runs ({ids}, ...): give one of their ids")
     return _read(runs_dir(store) / rows[0].experiment_id / rows[0].run_id, name, label), store
+
+
+def _no_run_in(store: str, run: RecordedRun) -> str:
+    return f"there is no run {run.folder.name} in {mask_url_secrets(store)}"
 
 
 def _read(folder: Path, name: str, label: str) -> RecordedRun:

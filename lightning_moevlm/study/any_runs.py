@@ -21,7 +21,7 @@ from lightning_moevlm.study.report.tables.logged_runs_table import runs_table
 from lightning_moevlm.study.report.write_report import refuse_other_folder, write_report
 from lightning_moevlm.tracking.read.run_selection import choose_runs
 from lightning_moevlm.tracking.read.series import metric_series
-from lightning_moevlm.tracking.store import prepare_store, resolve_tracking_uri, sqlite_path
+from lightning_moevlm.tracking.store import has_store, prepare_store, resolve_tracking_uri, sqlite_path
 
 if TYPE_CHECKING:
     from lightning_moevlm.contracts.model_card import ModelCard
@@ -47,9 +47,10 @@ def find_store(tracking_uri: str | None) -> str:
         UserError: There is no store, or it does not answer.
     """
     uri = resolve_tracking_uri(tracking_uri)
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
-        raise UserError(f"there is no store at {path}; name another with --tracking_uri or MLFLOW_TRACKING_URI")
+    if not has_store(uri):
+        raise UserError(
+            f"there is no store at {sqlite_path(uri)}; name another with --tracking_uri or MLFLOW_TRACKING_URI"
+        )
     prepare_store(uri)
     return uri
 

@@ -21,7 +21,7 @@ from lightning_moevlm.study.run.engines import JOBS_FOLDER, Engine, LocalEngine
 from lightning_moevlm.study.run.ledger import STATE_FILE, Status, check_store, hold_study, read_ledger, remember_store
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns, find_tracking_uri, open_experiment
 from lightning_moevlm.study.run.processes.command_line import run_options, training_command
-from lightning_moevlm.tracking.store import prepare_store, sqlite_path
+from lightning_moevlm.tracking.store import has_store, prepare_store
 
 if TYPE_CHECKING:  # what is not needed to read a study is imported where it is used: it takes a second
     from rich.console import Console
@@ -360,8 +360,7 @@ def _find_store(planned: Plan) -> str | None:
         UserError: The store cannot be read.
     """
     uri = find_tracking_uri(planned)
-    path = sqlite_path(uri)
-    if path is not None and not path.exists():
+    if not has_store(uri):
         return None
     prepare_store(uri)
     return uri

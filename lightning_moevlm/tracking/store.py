@@ -75,6 +75,12 @@ def sqlite_path(uri: str) -> Path | None:
     return Path(name).absolute()
 
 
+def has_store(uri: str) -> bool:
+    """Return whether there is a store to read: an SQLite file that is not empty, or the address of a server."""
+    path = sqlite_path(uri)
+    return path is None or (path.is_file() and path.stat().st_size > 0)
+
+
 def runs_dir(uri: str) -> Path:
     """Return the absolute directory for checkpoints and artifacts: the SQLite file's, else ./runs."""
     path = sqlite_path(uri)

@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.tracking.point import Point
 from lightning_moevlm.tracking.read.bulk_history import bulk_history
 from lightning_moevlm.tracking.read.sqlite_rows import as_logged, points_of, tags_by_run, tags_by_run_with
-from lightning_moevlm.tracking.store import open_client, sqlite_path
+from lightning_moevlm.tracking.store import describe_cause, has_store, open_client, prepare_store, sqlite_path
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -22,6 +24,8 @@ if TYPE_CHECKING:
 
 _Found = TypeVar("_Found")
 
+NO_SUCH_RUN = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+"""Error codes of MLflow for an id that no run has, and for one that no run can have."""
 _RUNS_PER_PAGE = 200
 _PARALLEL_REQUESTS = 8
 
@@ -56,7 +60,7 @@ def find_runs(uri: str, experiment: str, tags: Mapping[str, str] | None = None) 
     Raises:
         MlflowException: the store cannot be read (server gone, schema of another MLflow version).
     """
-    if not _exists(uri):
+    if not has_store(uri):
         return []
     client = open_client(uri)
     found = client.get_experiment_by_name(experiment)
@@ -93,18 +97,33 @@ def read_run(uri: str, run_id: str) -> RunRow:
     return _row(open_client(uri).get_run(run_id))
 
 
+def has_run(uri: str, run_id: str) -> bool:
+    """Return whether a store has a run; a store that does not exist is not created, and has none.
+
+    Raises:
+        UserError: the store cannot be read.
+    """
+    from mlflow.exceptions import MlflowException
+
+    if not has_store(uri):
+        return False
+    prepare_store(uri)
+    try:
+        read_run(uri, run_id)
+    except MlflowException as error:
+        if error.error_code in NO_SUCH_RUN:
+            return False
+        raise UserError(f"{mask_url_secrets(uri)} cannot be read: {describe_cause(error)}") from error
+    return True
+
+
 def find_runs_anywhere(uri: str, tags: Mapping[str, str] | None = None, where: str = "") -> list[RunRow]:
     """Return the runs of every experiment as `find_runs` does; `where` is a condition in MLflow's filters."""
-    if not _exists(uri):
+    if not has_store(uri):
         return []
     client = open_client(uri)
     found = _every_page(lambda token: client.search_experiments(max_results=_RUNS_PER_PAGE, page_token=token))
     return _rows(client, [each.experiment_id for each in found], tags or {}, where)
-
-
-def _exists(uri: str) -> bool:
-    path = sqlite_path(uri)
-    return path is None or path.exists()
 
 
 def _rows(client: "MlflowClient", experiments: list[str], wanted: Mapping[str, str], where: str = "") -> list[RunRow]:

@@ -8,6 +8,7 @@ from lightning_moevlm.tracking.read.run_selection import SHOWN_DIGITS, choose_ru
 from lightning_moevlm.tracking.recordings.recording import FOLDER
 from lightning_moevlm.tracking.store import (
     describe_cause,
+    has_store,
     open_client,
     prepare_store,
     resolve_tracking_uri,
@@ -49,11 +50,10 @@ def find_recordings(run: str, tracking_uri: str | None, downloads: Path) -> Foun
     if len(path.parts) > 1:
         raise UserError(f"there is no folder {run}; give a run's folder, its name or id")
     store = resolve_tracking_uri(tracking_uri)
-    database = sqlite_path(store)
-    if database is not None and not database.exists():
+    if not has_store(store):
         raise UserError(
-            f"there is no folder {run}, and no database {database} with run names; give the run's folder, or the store "
-            "in MLFLOW_TRACKING_URI"
+            f"there is no folder {run}, and no database {sqlite_path(store)} with run names; give the run's "
+            "folder, or the store in MLFLOW_TRACKING_URI"
         )
     prepare_store(store)
     rows = choose_runs(store, [run])

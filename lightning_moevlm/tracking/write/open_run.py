@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.secret_masking import mask_url_secrets
+from lightning_moevlm.tracking.read.runs import NO_SUCH_RUN
 from lightning_moevlm.tracking.write.metric_names import safe_name
 
 if TYPE_CHECKING:
@@ -110,17 +111,22 @@ def reopen_run(client: "MlflowClient", run_id: str, shown_uri: str) -> OpenRun:
     try:
         run = client.get_run(run_id)
     except MlflowException as error:
-        if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
+        if error.error_code not in NO_SUCH_RUN:
             raise
-        raise UserError(
-            f"there is no run {run_id!r} in {mask_url_secrets(shown_uri)}: give the id of one that is there, "
-            "or leave run_id out to start a new one"
-        ) from error
+        raise unknown_run(run_id, shown_uri) from error
     if run.info.lifecycle_stage == "deleted":
         raise UserError(f"run {run_id} was deleted: bring it back with `mlflow runs restore --run-id {run_id}`")
     client.update_run(run_id, status="RUNNING")
     nonfinite = {tag.removeprefix(NONFINITE_TAG) for tag in run.data.tags if tag.startswith(NONFINITE_TAG)}
     return OpenRun(run_id, run.info.experiment_id, dict(run.data.params), frozenset(nonfinite))
+
+
+def unknown_run(run_id: str, shown_uri: str) -> UserError:
+    """Return the error of a run to be continued that the store does not have."""
+    return UserError(
+        f"there is no run {run_id!r} in {mask_url_secrets(shown_uri)}: give the id of one that is there, or leave "
+        "run_id out to start a new one"
+    )
 
 
 def local_artifacts(directory: Path, experiment_name: str) -> str:

@@ -29,6 +29,7 @@ from lightning_moevlm.common.secret_masking import mask_url_secrets
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.tracking.store import (
     describe_cause,
+    has_store,
     open_client,
     prepare_store,
     resolve_tracking_uri,
@@ -44,6 +45,7 @@ from lightning_moevlm.tracking.write.open_run import (
     experiment_of_environment,
     local_artifacts,
     reopen_run,
+    unknown_run,
 )
 from lightning_moevlm.tracking.write.run_params import CHANGED_TAG, sort_params
 from lightning_moevlm.tracking.write.run_writer import RunWriter
@@ -278,6 +280,8 @@ class RunLogger(MLFlowLogger):
         if self._client is None:
             from mlflow.exceptions import MlflowException
 
+            if self._run_id is not None and not has_store(self._tracking_uri):
+                raise unknown_run(self._run_id, self._tracking_uri)
             prepare_store(self._tracking_uri)
             client = open_client(self._tracking_uri)
             try:

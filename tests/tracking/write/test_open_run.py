@@ -12,6 +12,7 @@ from PIL import Image
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.tracking import RunLogger, find_runs
+from lightning_moevlm.tracking.read.runs import has_run
 from lightning_moevlm.tracking.write.open_run import find_or_create_experiment
 from tests.tracking.tiny import tiny_trainer, values
 
@@ -129,3 +130,15 @@ def test_the_environment_names_experiment_and_run_and_options_win(uri: str, monk
     monkeypatch.setenv("MLFLOW_EXPERIMENT_ID", "4711")
     with pytest.raises(UserError, match="MLFLOW_EXPERIMENT_ID is '4711', and there is no such experiment: unset it"):
         RunLogger(tracking_uri=uri).flush()
+
+
+def test_a_run_is_not_continued_in_a_store_that_is_not_there(uri: str, tmp_path: Path) -> None:
+    nowhere = f"sqlite:///{tmp_path / 'nowhere.db'}"
+    with pytest.raises(UserError, match="there is no run '0123'"):
+        RunLogger(tracking_uri=nowhere, run_id="0123").log_metrics({"a": 1.0}, 0)
+    assert not has_run(nowhere, "0123") and not has_run(uri, "0123")
+    assert list(tmp_path.glob("nowhere.db*")) == []
+    logger = RunLogger(tracking_uri=uri)
+    logger.log_metrics({"a": 1.0}, 0)
+    logger.finalize("success")
+    assert has_run(uri, str(logger.run_id))
