@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +38,33 @@ def write_atomically(file: Path, text: str) -> None:
 
 
 @contextmanager
+def fill_folder(folder: Path) -> Iterator[Path]:
+    """Yield an empty folder, whose files replace those of the same names in `folder` at the end.
+
+    After an error `folder` is as it was: not there, or with its old files.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    home = _existing(folder)
+    with explain_write_errors(folder):
+        unfinished = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=home))
+    try:
+        yield unfinished
+        with explain_write_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            for file in unfinished.iterdir():
+                file.replace(folder / file.name)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def _existing(folder: Path) -> Path:
+    """Return the folder itself, or the nearest one above it that exists."""
+    return next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+
+
+@contextmanager
 def explain_write_errors(
     target: Path | str, remedy: str = "free disk space, grant write permission, or name another path"
 ) -> Iterator[None]:
@@ -52,7 +81,7 @@ def check_writable(folder: Path, option: str) -> None:
     Raises:
         UserError: names the option that gave it.
     """
-    existing = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.exists())
+    existing = _existing(folder)
     if not (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         raise UserError(f"{option} = {folder}: {existing} cannot be written. Name a folder that can.")
 

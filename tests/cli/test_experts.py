@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sqlite3
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,7 @@ import pytest
 
 from lightning_moevlm.cli.main import main
 from lightning_moevlm.cli.runs.experts import expand_shorthand
+from lightning_moevlm.common.errors import UserError
 from tests.conftest import run_in
 from tests.small_run import SMALL, budget
 
@@ -62,20 +65,71 @@ def test_a_configuration_has_three_spellings() -> None:
         assert expand_shorthand([f"{spelling}=FILE"]) == ["--config_file=FILE"]
 
 
+def test_others_are_a_list_or_repeated() -> None:
+    for given, expected in (
+        (["--others", "A", "--others=B"], ["--others+", "A", "--others+=B"]),
+        (["--others", "[A,B]"], ["--others", "[A,B]"]),
+        (["--others=[A]", "x.ckpt"], ["--others=[A]", "x.ckpt"]),
+    ):
+        assert expand_shorthand(given) == expected
+
+
 def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     lonely = shutil.copy(run / "checkpoints/last.ckpt", tmp_path / "lonely.ckpt")
+    with closing(sqlite3.connect("foreign.db")) as foreign:
+        foreign.execute("CREATE TABLE mine (value)")
+    before = Path("foreign.db").read_bytes()
     for arguments, told in (
         ([str(lonely)], "in the folder of no run"),
         (["observed", "--ckpt_path=first.ckpt"], "no checkpoint at first.ckpt"),
         (["observed", "--samples=0"], "samples is 0"),
         (["observed", "--split=train", "--samples=7", "--remove=next"], "samples is 7: choose 8 or more of the split"),
         (["observed", "--seed=-1"], "seed is -1: choose 0 or more"),
-        (["observed", "--others=['observed']"], "--others names observed, which is this run itself"),
+        (["observed", "--others", "observed"], "--others names observed, which is this run itself"),
+        (["observed", "-c", "conf/quickstart.yaml"], "is of a run that has the configuration of its training"),
+        ([str(run), "--tracking_uri=sqlite:///nowhere.db"], f"there is no run {run.name} in sqlite:///"),
+        (["observed", "--tracking_uri=sqlite:///foreign.db"], "is not an MLflow database"),
         (["observed", f"--json={tmp_path}"], "is a folder. Name a file."),
         (["observed", "--data=nowhere"], "no set of shards in nowhere"),
     ):
         assert main(["experts", *arguments]) == 2
         assert told in " ".join(capfd.readouterr().err.split())
+    assert not Path("nowhere.db").exists() and Path("foreign.db").read_bytes() == before
+
+
+def test_a_run_is_read_where_its_store_is_not(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = shutil.copytree(run, tmp_path / "runs" / "1" / run.name, ignore=shutil.ignore_patterns("experts"))
+    shutil.copytree("data", tmp_path / "data", symlinks=True)
+    monkeypatch.chdir(tmp_path)
+    records(str(alone), "--split=train")
+    assert (alone / "experts/experts.html").is_file() and not (tmp_path / "runs/mlflow.db").exists()
+
+
+def test_an_error_after_routing_leaves_nothing(
+    run: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def fail(*arguments: object) -> None:
+        raise UserError("no section today")
+
+    monkeypatch.setattr("lightning_moevlm.cli.runs.experts.make_sections", fail)
+    there = {path.name for path in Path().iterdir()}
+    assert main(["experts", "observed", "--split=train", *QUICK, "--out=nothing"]) == 2
+    assert "no section today" in capfd.readouterr().err
+    assert {path.name for path in Path().iterdir()} == there
+
+
+def test_another_family_is_refused_before_routing(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    twin = shutil.copytree(run, tmp_path / "twin")
+
+    def refuse(*arguments: object) -> None:
+        raise UserError("two families")
+
+    monkeypatch.setattr("lightning_moevlm.atlas.history.follow.refuse_other_family", refuse)
+    monkeypatch.setattr("lightning_moevlm.atlas.make_atlas.make_atlas", lambda *arguments: pytest.fail("too early"))
+    assert main(["experts", "observed", "--others", str(twin)]) == 2
+    assert f"--others {twin}: two families" in " ".join(capfd.readouterr().err.split())
 
 
 def test_parts_are_made_on_demand(run: Path, tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_moevlm.common.atomic_files import write_atomically
+from lightning_moevlm.common.atomic_files import fill_folder, write_atomically
 from lightning_moevlm.common.errors import UserError
 
 
@@ -24,3 +24,17 @@ def test_a_folder_is_refused_and_stays(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"could not be written \(Is a directory\)"):
         write_atomically(tmp_path, "text")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_filled_whole_or_not_at_all(tmp_path: Path) -> None:
+    folder = tmp_path / "above" / "folder"
+    with pytest.raises(ZeroDivisionError), fill_folder(folder) as unfinished:
+        (unfinished / "first").write_text("half")
+        raise ZeroDivisionError
+    assert list(tmp_path.iterdir()) == []
+    for text in ("old", "new"):
+        with fill_folder(folder) as unfinished:
+            (unfinished / text).write_text(text)
+            (unfinished / "both").write_text(text)
+    found = {file.name: file.read_text() for file in folder.iterdir()}
+    assert found == {"old": "old", "new": "new", "both": "new"} and list(tmp_path.iterdir()) == [folder.parent]

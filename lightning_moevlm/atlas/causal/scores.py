@@ -92,13 +92,30 @@ def score_samples(
                 kept[name].append(_rows(_run(objective, backbone, part, draws, change), part))
     joined = {name: _join(rows) for name, rows in kept.items()}
     if not keys or not joined[None].of_terms:
-        raise UserError(
-            f"{type(objective).__name__} gives no losses of these samples: choose samples that it is trained on; an "
-            "objective of your own sets `of_samples` of its output"
-        )
+        raise _no_losses(objective)
     unchanged = joined.pop(None)
     return ScoredSamples(
         tuple(keys), tuple(sources), unchanged, {name: each for name, each in joined.items() if name is not None}
+    )
+
+
+@torch.no_grad()
+def refuse_unscored(objective: Objective, backbone: Backbone, batches: Iterable[Batch], draws: Draws) -> None:
+    """Refuse an objective that gives no losses of single samples, with a UserError.
+
+    It runs on batches until one has losses.
+    """
+    for batch in batches:
+        for part in _by_source(batch):
+            if objective.can_use(part) and objective(backbone, part, draws).of_samples:
+                return
+    raise _no_losses(objective)
+
+
+def _no_losses(objective: Objective) -> UserError:
+    return UserError(
+        f"{type(objective).__name__} gives no losses of these samples: choose samples that it is trained on; an "
+        "objective of your own sets `of_samples` of its output"
     )
 
 

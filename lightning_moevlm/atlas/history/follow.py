@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from lightning_moevlm.atlas.causal.intervene import sparse_layers
 from lightning_moevlm.atlas.history.matching import Agreement, match_experts
 from lightning_moevlm.atlas.history.settling import Chosen, Settling, settle
 from lightning_moevlm.atlas.labels.label import Label
@@ -130,11 +131,7 @@ def compare_runs(
     Raises:
         UserError: models that cut samples into other tokens, or without a layer in common.
     """
-    if _sizes(first) != _sizes(second):
-        raise UserError(
-            f"runs are compared on the same tokens, and their models cut samples otherwise: {_sizes(first)} and "
-            f"{_sizes(second)}; compare runs of one configuration with other seeds"
-        )
+    refuse_other_family(first, second)
     reader = LabelReader(first, probe.tokenizer)
     with _Traces(folder) as traces:
         for name, backbone, objective in zip(("first", "second"), (first, second), objectives, strict=True):
@@ -146,8 +143,25 @@ def compare_runs(
             if not _is_soft(both, place)
         }
     if not found:
-        raise UserError("the two models have no layer of experts in common: compare runs of one family")
+        raise UserError(
+            "no layer of experts of both models sees a token of the probe: choose other data or a larger one"
+        )
     return found
+
+
+def refuse_other_family(first: Backbone, second: Backbone) -> None:
+    """Refuse models that cut samples into other tokens, or without a layer of experts in common, with a UserError."""
+    if _sizes(first) != _sizes(second):
+        raise UserError(
+            f"runs are compared on the same tokens, and their models cut samples otherwise: {_sizes(first)} and "
+            f"{_sizes(second)}; compare runs of one configuration with other seeds"
+        )
+    layers, others = sparse_layers(first), sparse_layers(second)
+    if not any(name in others and others[name].num_experts == layer.num_experts for name, layer in layers.items()):
+        raise UserError(
+            f"the two models have no layer of experts in common, {', '.join(layers) or 'none'} and "
+            f"{', '.join(others) or 'none'}: compare runs of one configuration with other seeds"
+        )
 
 
 class _Traces:

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from lightning_moevlm.cli.output import console, show
-from lightning_moevlm.cli.runs.expert_sections import find_parts, make_sections
-from lightning_moevlm.common.atomic_files import check_writable, check_writable_file
+from lightning_moevlm.cli.runs.expert_sections import Subject, check_parts, find_parts, make_sections
+from lightning_moevlm.common.atomic_files import check_writable, check_writable_file, fill_folder
 from lightning_moevlm.common.number_checks import check_number
 
 if TYPE_CHECKING:
@@ -51,12 +51,12 @@ def experts(
             tokens go to the next-ranked expert (next) or to none (nothing). Runs the probe once for each.
         history: Also follow routing over the checkpoints of the run. With --remove the model also runs with the choices
             of earlier ones.
-        others: Runs of other seeds (names, ids or folders) whose experts are matched to those of this one.
+        others: A run of another seed (name, id or folder) whose experts are matched to those of this one; may be
+            repeated, or a list.
         out: Folder to write; by default experts/ in the folder of the run, or beside the checkpoint.
         json: Write one record per layer and label to this file as JSON instead of the table; - is standard output.
         tracking_uri: MLflow store of the run; by default MLFLOW_TRACKING_URI, else runs/mlflow.db.
     """
-    from lightning_moevlm.atlas.causal.effects import LEAST
     from lightning_moevlm.atlas.make_atlas import make_atlas
     from lightning_moevlm.atlas.page.sentences import describe
     from lightning_moevlm.atlas.page.write_atlas import HTML_FILE, JSON_FILE, TENSORS_FILE, write_atlas
@@ -76,23 +76,24 @@ def experts(
         check_writable_file(Path(json), "json")
     loaded = load_run(found.checkpoint, found.config)
     probe = ProbeSet(_data(loaded.resolved["data"], data), split, samples, seed)
-    if remove is not None:
-        check_number("samples", probe.num_samples, least=LEAST, advice=" of the split to test a removal")
-    atlas = make_atlas(loaded.module.backbone, loaded.module.objective, probe, folder, draws, batch_size)
     about = {
         "run": _name(loaded.resolved, found),
         "checkpoint": found.checkpoint.name,
         "step": int(loaded.checkpoint.get("global_step", 0)),
     }
-    sections = make_sections(asked, atlas, found, loaded, probe, folder, batch_size)
     command = f"moevlm experts {run} --split {split} --samples {samples} --seed {seed} --draws {draws}"
-    page = write_atlas(atlas, about, command, folder, sections)
+    with fill_folder(folder) as unfinished:
+        subject = Subject(found, loaded, probe, unfinished, batch_size)
+        check_parts(asked, subject)
+        atlas = make_atlas(subject.backbone, subject.objective, probe, unfinished, draws, batch_size)
+        sections = make_sections(asked, subject, atlas)
+        write_atlas(atlas, about, command, unfinished, sections)
     rows = atlas.rows()
     show(_table(rows), rows, json)
     if json is None:
         terminal = console()
         told = [line for section in sections for line in section.sentences]
-        for line in (*describe(atlas), *told, f"Page: {page}"):
+        for line in (*describe(atlas), *told, f"Page: {folder / HTML_FILE}"):
             terminal.print(line, highlight=False, markup=False, soft_wrap=True)
     if found.store is not None and found.folder is not None:
         files = [folder / name for name in (HTML_FILE, JSON_FILE, TENSORS_FILE)]
@@ -100,11 +101,20 @@ def experts(
 
 
 def expand_shorthand(words: Sequence[str]) -> list[str]:
-    """Return a command line in which -c and --config stand for --config_file."""
-    full = []
+    """Return a command line in which -c and --config stand for --config_file, and --others takes a run or a list."""
+    full: list[str] = []
+    is_run = False
     for word in words:
         name, equals, value = word.partition("=")
-        full.append(f"--config_file{equals}{value}" if name in ("-c", "--config") else word)
+        if name in ("-c", "--config"):
+            full.append(f"--config_file{equals}{value}")
+        elif name == "--others" and equals:
+            full.append(word if value.startswith("[") else f"--others+={value}")
+        elif is_run and not word.startswith("["):
+            full[-1:] = ["--others+", word]
+        else:
+            full.append(word)
+        is_run = word == "--others"
     return full
 
 
@@ -133,7 +143,8 @@ def _data(resolved: Mapping[str, Any], root: str | None) -> "ShardDataModule":
 def _table(rows: Sequence[dict[str, Any]]) -> Any:
     from rich.table import Table
 
-    table = Table(title="What the experts have to do with each label")
+    caption = "NMI: normalised mutual information of experts and label, 0 (independent) to 1"
+    table = Table(title="What the experts have to do with each label", caption=caption)
     for column in ("layer", "label", "NMI", "by chance", "p", "experts"):
         table.add_column(column, overflow="fold")
     for row in rows:

@@ -11,11 +11,12 @@ from lightning_moevlm.atlas.history.frozen import freeze_choices
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
 from lightning_moevlm.atlas.routing.trace import TracedLayer
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.model.backbones import LIMoE
+from lightning_moevlm.model.backbones import LIMoE, VLMoE
+from lightning_moevlm.model.layers import MoEFFN
 from lightning_moevlm.model.objectives import Draws, MaskedModelling
 from lightning_moevlm.model.routers import FixedRouter, HashRouter
 from tests.atlas.causal.test_scores import Remember
-from tests.atlas.observed import NUM_EXPERTS, PlantedRouter, open_data, small_model, tokens_of
+from tests.atlas.observed import NUM_EXPERTS, SIZES, PlantedRouter, open_data, small_model, tokens_of
 from tests.small_model import small_limoe
 
 
@@ -67,6 +68,10 @@ def test_one_checkpoint_and_other_sizes_are_refused(many_scenes: Path, tmp_path:
         follow(lambda file: model, [(5, Path("a")), (5, Path("b"))], objective, probe, tmp_path)
     with pytest.raises(UserError, match="cut samples otherwise"):
         compare_runs(model, small_limoe(), (objective, objective), probe, tmp_path)  # type: ignore[arg-type]
+    moe = partial(MoEFFN, num_experts=NUM_EXPERTS, router=HashRouter)
+    other = VLMoE(dim=16, num_heads=2, num_blocks=2, num_vl_blocks=0, hidden_dim=16, patch_size=8, moe=moe, **SIZES)
+    with pytest.raises(UserError, match=r"no layer of experts in common, blocks\.1\.ffn and blocks\.1\.ffn\.image, "):
+        compare_runs(model, other, (objective, objective), probe, tmp_path)
 
 
 def test_choices_of_an_earlier_model_do_harm_and_its_own_do_none(many_scenes: Path, tmp_path: Path) -> None:
