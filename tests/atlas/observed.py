@@ -6,8 +6,12 @@ from pathlib import Path
 
 import torch
 
-from lightning_moevlm.atlas.make_atlas import Atlas, make_atlas
+from lightning_moevlm.atlas.causal.examine import Examination, To, examine
+from lightning_moevlm.atlas.causal.groups import group_samples
+from lightning_moevlm.atlas.causal.observed import observed_groups
+from lightning_moevlm.atlas.make_atlas import TRACE_FILE, Atlas, make_atlas
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
+from lightning_moevlm.atlas.routing.trace import Trace
 from lightning_moevlm.atlas.statistics.claims import ALPHA
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.data.datamodule import ShardDataModule
@@ -16,7 +20,7 @@ from lightning_moevlm.data.write.demo.scene_graph import GROUNDS
 from lightning_moevlm.model.backbones import LIMoE
 from lightning_moevlm.model.initial_weights import initialise
 from lightning_moevlm.model.layers import MoEFFN
-from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.model.objectives import Draws, MaskedModelling
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.model.routers.choices import even_plan
 from lightning_moevlm.model.routers.random_bits import scramble
@@ -69,6 +73,17 @@ def tokens_of(data: ShardDataModule, category: str) -> frozenset[int]:
 def observe(root: Path, model: LIMoE, folder: Path, draws: int = 99, seed: int = 0, samples: int = 160) -> Atlas:
     probe = ProbeSet(open_data(root), "train", samples, seed)
     return make_atlas(model, MaskedModelling(model.spec), probe, folder, draws)
+
+
+def examine_atlas(root: Path, model: LIMoE, atlas: Atlas, folder: Path, to: To = "next") -> Examination:
+    """Remove every expert of an observed model, which has to remember its own features."""
+    from tests.atlas.causal.test_scores import Remember
+
+    record, observed = atlas.probe, observed_groups(atlas)
+    probe = ProbeSet(open_data(root), "train", sum(each.num_samples for each in record.sources), record.seed)
+    groups = group_samples(Trace(folder / TRACE_FILE), atlas.names, {each.group for each in observed})
+    model.eval()
+    return examine(model, Remember(model).eval(), Draws(0), probe, atlas.layers, groups, observed, to)
 
 
 def claims(atlas: Atlas) -> set[str]:

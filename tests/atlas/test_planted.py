@@ -5,10 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from lightning_moevlm.atlas.causal.roles import Need
 from lightning_moevlm.atlas.make_atlas import Atlas
 from lightning_moevlm.atlas.statistics.claims import ALPHA
 from lightning_moevlm.model.routers import FixedRouter, HashRouter
-from tests.atlas.observed import claims, observe, small_model
+from tests.atlas.observed import NUM_EXPERTS, claims, examine_atlas, observe, small_model
 
 BY_POSITION = {"image/position", "text/position"}
 BY_IDENTITY = {"text/word", "text/object", "image/colour"}
@@ -39,13 +40,21 @@ def test_nothing_is_claimed_beyond_a_rule(rule: str, many_scenes: Path, tmp_path
     assert found and found <= allowed
 
 
-@pytest.mark.slow  # 60 atlases
+@pytest.mark.slow  # 60 atlases, and the removals of 240 experts
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("rule", RULES)
 def test_nothing_is_claimed_beyond_a_rule_in_twenty_seeds(rule: str, many_scenes: Path, tmp_path: Path) -> None:
+    """Neither of what an expert serves nor of what it is needed for."""
     router, allowed = RULES[rule]
     for seed in range(20):
-        seeded = partial(router, seed=seed) if rule == "hash" else router
-        found = claims(
-            observe(many_scenes, small_model(seeded), tmp_path / str(seed), draws=199, seed=seed, samples=200)
-        )
+        model = small_model(partial(router, seed=seed) if rule == "hash" else router)
+        folder = tmp_path / str(seed)
+        atlas = observe(many_scenes, model, folder, draws=199, seed=seed, samples=200)
+        found = claims(atlas)
         assert found and found <= allowed, (seed, found)
+        needs = examine_atlas(many_scenes, model, atlas, folder)
+        assert len(needs.roles) == NUM_EXPERTS and any(role.hurts for role in needs.roles), "removals do harm"
+        needed = {claim.serves.group for claim in needs.claims if claim.need is Need.SPECIFIC}
+        assert needed == {each.group for role in needs.roles for each in role.needed_for}
+        kinds = tuple(f"{label.rpartition('/')[2]} " for label in allowed)
+        assert all(group.startswith(kinds) for group in needed), (seed, needed)

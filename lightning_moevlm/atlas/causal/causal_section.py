@@ -1,5 +1,6 @@
 """Tells what experts are needed for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning_moevlm.atlas.causal.effects import ALPHA, GroupEffect
@@ -27,8 +28,8 @@ def _sentences(found: Examination) -> tuple[str, ...]:
     lines = [
         f"Each of {len(found.effects)} experts was switched off on {found.num_samples} samples, and its tokens {to}; "
         f"p is corrected by Holm over {tests} tests of experts and groups.",
-        f"Experts whose removal raises the loss of all samples: {len(needed)} of {len(found.effects)}. Experts that a "
-        f"group of samples needs more than the others do: {len(specific)}.",
+        f"Experts whose removal raises the loss of all samples: {len(needed)} of {len(found.effects)}. Experts that "
+        f"are needed for a group of samples that they serve: {len(specific)}.",
     ]
     for role in specific[: 2 * _SHOWN]:
         groups = ", ".join(f"{each.group} ({show_effect(each.loss)})" for each in role.needed_for[:_SHOWN])
@@ -39,6 +40,12 @@ def _sentences(found: Examination) -> tuple[str, ...]:
             f"Observed preferences for groups of samples: {len(found.claims)}. "
             + ", ".join(f"{need}: {count}" for need, count in counts.items())
             + "."
+        )
+    unserved = sum(len(role.hurts) for role in found.roles)
+    if unserved:
+        lines.append(
+            f"Removals that hurt a group more than the other samples, though the expert is not seen to serve it: "
+            f"{unserved}. Long texts, or a rule of the router, may do that."
         )
     confirmed = [claim for claim in found.claims if claim.need is Need.SPECIFIC]
     alone = [claim for claim in found.claims if claim.need is Need.NOT_SEEN]
@@ -66,15 +73,20 @@ def _expert_table(found: Examination) -> Table:
             str(role.expert),
             show_effect(role.overall),
             NOTHING if role.overall is None else show_p(role.overall.p_adjusted),
-            "; ".join(f"{each.group} {show_effect(each.more)}" for each in role.needed_for[:_GROUPS_SHOWN]) or NOTHING,
+            _groups(role.needed_for),
+            _groups(role.hurts),
         )
         for role in found.roles
     )
     return Table(
         "Experts by the harm of their removal",
-        ("expert", "all samples", "p (Holm)", "needed for, more than elsewhere by"),
+        ("expert", "all samples", "p (Holm)", "needed for, more than elsewhere by", "hurts, but does not serve"),
         rows,
-        (_LOSS, "A group is named if its loss rises, and more than that of the other samples, both after Holm."),
+        (
+            _LOSS,
+            "A group is named if its loss rises, and more than that of the other samples, both after Holm. It needs "
+            "the expert if the expert also serves it more often than chance and simple rules explain.",
+        ),
     )
 
 
@@ -119,7 +131,12 @@ def _layer_table(found: Examination) -> Table:
     )
 
 
+def _groups(effects: Sequence[GroupEffect]) -> str:
+    return "; ".join(f"{each.group} {show_effect(each.more)}" for each in effects[:_GROUPS_SHOWN]) or NOTHING
+
+
 def _records(found: Examination) -> dict[str, Any]:
+    roles = {role.expert: role for role in found.roles}
     return {
         "tokens_of_a_removed_expert": found.to,
         "samples": found.num_samples,
@@ -129,7 +146,8 @@ def _records(found: Examination) -> dict[str, Any]:
             {
                 "layer": expert.layer,
                 "expert": expert.expert,
-                "needed_for": [each.group for role in found.roles if role.expert == expert for each in role.needed_for],
+                "needed_for": [each.group for each in roles[expert].needed_for],
+                "hurts": [each.group for each in roles[expert].hurts],
                 "effects": {each.group: _effect(each) for each in effects},
             }
             for expert, effects in found.effects.items()

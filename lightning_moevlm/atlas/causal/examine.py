@@ -119,7 +119,7 @@ def examine(
         {name: int(member_N.sum()) for name, member_N in groups.items()},
         {key: tuple(found) for key, found in effects.items()},
         layer_changes,
-        rank_roles(effects, EVERY),
+        rank_roles(effects, observed, EVERY),
         examine_claims(observed, effects),
     )
 

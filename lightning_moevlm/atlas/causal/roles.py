@@ -7,7 +7,8 @@
     not tested             the probe has too few samples of the group
 
 An observation ("most of its patches show apples") and an intervention ("without it apples get worse") are two facts.
-Only the second says that the expert matters for apples.
+Only both say that apples need the expert. A removal alone hurts groups that a router knows nothing of: of a router that
+looks at positions, those with long texts.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -56,6 +57,9 @@ class Role:
     overall: Effect | None
     """On the loss of all samples; None if that group was not tested."""
     needed_for: tuple[GroupEffect, ...]
+    """Groups that it serves more often than chance."""
+    hurts: tuple[GroupEffect, ...]
+    """Other groups whose loss rises more than elsewhere, the largest difference first."""
 
 
 @dataclass(frozen=True)
@@ -68,27 +72,28 @@ class TestedClaim:
     sentence: str
 
 
-def rank_roles(effects: Mapping[Expert, Sequence[GroupEffect]], every: str) -> tuple[Role, ...]:
+def rank_roles(
+    effects: Mapping[Expert, Sequence[GroupEffect]], observed: Iterable[Serves], every: str
+) -> tuple[Role, ...]:
     """Return the roles of experts, those with the largest effect on all samples first.
 
     Args:
         effects: of switching each expert off, corrected over all of them.
+        observed: what experts serve.
         every: name of the group of all samples.
     """
-    roles = [
-        Role(
-            expert,
-            next((each.loss for each in found if each.group == every), None),
-            tuple(
-                sorted(
-                    (each for each in found if judge(each) is Need.SPECIFIC),
-                    key=lambda each: -(each.more.mean if each.more is not None else 0.0),
-                )
-            ),
-        )
-        for expert, found in effects.items()
-    ]
+    served = {(each.expert, each.group) for each in observed}
+    roles = []
+    for expert, found in effects.items():
+        overall = next((each.loss for each in found if each.group == every), None)
+        specific = sorted((each for each in found if judge(each) is Need.SPECIFIC), key=_excess, reverse=True)
+        needed_for = tuple(each for each in specific if (expert, each.group) in served)
+        roles.append(Role(expert, overall, needed_for, tuple(each for each in specific if each not in needed_for)))
     return tuple(sorted(roles, key=lambda role: -(role.overall.mean if role.overall is not None else 0.0)))
+
+
+def _excess(effect: GroupEffect) -> float:
+    return 0.0 if effect.more is None else effect.more.mean
 
 
 def judge(effect: GroupEffect | None) -> Need:

@@ -57,6 +57,7 @@ def test_a_planted_specialist_is_needed_for_its_category(to: To, many_scenes: Pa
 
 
 @pytest.mark.slow(reason="twenty probes")
+@pytest.mark.timeout(3600)
 def test_removal_confirms_a_planted_specialist_in_twenty_seeds(many_scenes: Path, tmp_path: Path) -> None:
     data = open_data(many_scenes)
     model = small_model(partial(PlantedRouter, planted=tokens_of(data, "fruit"))).eval()

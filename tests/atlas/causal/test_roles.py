@@ -33,10 +33,17 @@ def test_needs_by_hand() -> None:
 
 
 def test_experts_are_ranked_by_their_effect_and_name_what_needs_them() -> None:
-    roles = rank_roles(EFFECTS, "all")
+    roles = rank_roles(EFFECTS, [Serves(FIRST, "category apple", 3.2)], "all")
     assert [role.expert for role in roles] == [FIRST, SECOND]
     assert roles[0].needed_for == (APPLES,) and roles[1].needed_for == ()
+    assert roles[0].hurts == () and roles[1].hurts == ()
     assert roles[0].overall is not None and roles[0].overall.mean == 0.1
+
+
+def test_a_group_that_is_hurt_and_not_served_is_not_said_to_need_the_expert() -> None:
+    for observed in ([], [Serves(SECOND, "category apple", 3.2)], [Serves(FIRST, "category dog", 3.2)]):
+        first, second = rank_roles(EFFECTS, observed, "all")
+        assert first.needed_for == () and first.hurts == (APPLES,) and second.hurts == ()
 
 
 def test_a_claim_is_reported_beside_its_removal() -> None:
