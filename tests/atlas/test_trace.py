@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from lightning_moevlm.atlas.causal.intervene import sparse_layers
 from lightning_moevlm.atlas.labels.label import BY_NAME, Null
 from lightning_moevlm.atlas.labels.label_tokens import LabelReader
+from lightning_moevlm.atlas.make_atlas import make_atlas
 from lightning_moevlm.atlas.probe.probe_set import ProbeSet
 from lightning_moevlm.atlas.routing.route import RoutedBatch, route
 from lightning_moevlm.atlas.routing.trace import Trace, TraceWriter
@@ -15,9 +17,11 @@ from lightning_moevlm.atlas.statistics.specialisation import specialise
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.text.chat import ChatOptions
-from lightning_moevlm.model.objectives import MaskedModelling
+from lightning_moevlm.data.write.demo.scenes import build_scenes
+from lightning_moevlm.model.objectives import MaskedModelling, NextToken
 from lightning_moevlm.model.routers import FixedRouter, SoftRouter
 from tests.atlas.observed import NUM_EXPERTS, SIZES, open_data, small_model
+from tests.training.grid import FAMILIES
 
 
 @pytest.fixture(scope="module")
@@ -109,3 +113,21 @@ def test_a_probe_is_named_by_its_keys(many_scenes: Path) -> None:
     conversations = ShardDataModule(str(many_scenes), 8, chat=ChatOptions("a_processor"), **SIZES)
     with pytest.raises(UserError, match="experts of this run cannot be labelled"):
         ProbeSet(conversations, "train", 20)
+
+
+@pytest.fixture(scope="module")
+def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> ShardDataModule:
+    """20 scenes for the models of `small_model`."""
+    root = tmp_path_factory.mktemp("few") / "scenes"
+    build_scenes(root, 20, 32, "jpg", 8, seed=3, samples_per_shard=20, vocab_size=300, force=False)
+    return ShardDataModule(str(root), batch_size=8, image_size=16, max_text_len=8, vocab_size=300)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_atlas_shows_every_layer_of_every_family(family: str, few_scenes: ShardDataModule, tmp_path: Path) -> None:
+    model = FAMILIES[family]()
+    atlas = make_atlas(model, NextToken(model.spec), ProbeSet(few_scenes, "train", 12), tmp_path, draws=19)
+    assert {each.layer for each in atlas.layers} == sparse_layers(model).keys()
+    counted = {label.name for label in atlas.labels}
+    assert counted >= {"image/position", "text/position", "image/category", "text/word", "text/object"}
+    assert all(sum(each.confidence.pairs_E) > 0 and each.results for each in atlas.of_layers)

@@ -1,9 +1,10 @@
 """Keeps, for every expert, the patches and words that it is given the largest weight for.
 
-At most one token of a sample, and at most two of a word, so that a gallery shows what an expert takes and not one image
-of it. Equal weights, as of a hash router, are drawn.
+At most one patch of an image, one word of a sample, and two of a word, so that a gallery shows what an expert takes and
+not one image of it. Equal weights, as of a hash router, are drawn.
 """
 
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from random import Random
@@ -31,6 +32,8 @@ class TopPatch(NamedTuple):
     """Of the sample."""
     patch: int
     caption: str
+    image: int
+    """Checksum of its pixels: several questions may be about one image."""
 
 
 class TopWord(NamedTuple):
@@ -94,15 +97,25 @@ class TopTokenKeeper:
                 weight, position = float(best_BE[row, expert]), int(position_BE[row, expert])
                 key, draw, text = batch.keys[row], self._random.random(), routed.probe.texts[row]
                 if modality == Modality.IMAGE:
-                    kept.patches.append(TopPatch(weight, draw, source, key, position, text))
+                    assert batch.images_BRYX is not None
+                    image = zlib.crc32(batch.images_BRYX[row].numpy().tobytes())
+                    kept.patches.append(TopPatch(weight, draw, source, key, position, text, image))
                 else:
                     words = routed.labels.words[row]
                     assert words is not None
                     kept.words.append(TopWord(weight, draw, source, key, *_context(words, position - self._patches)))
             kept.patches.sort(reverse=True)
             kept.words.sort(reverse=True)
-            del kept.patches[SHOWN:]
+            kept.patches = one_of_each_image(kept.patches)
             kept.words = _varied(kept.words)
+
+
+def one_of_each_image(patches: list[TopPatch]) -> list[TopPatch]:
+    """Return the first of each image, as many as are shown."""
+    first: dict[int, TopPatch] = {}
+    for each in patches:
+        first.setdefault(each.image, each)
+    return [*first.values()][:SHOWN]
 
 
 def _varied(words: list[TopWord]) -> list[TopWord]:

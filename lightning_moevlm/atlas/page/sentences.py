@@ -20,8 +20,8 @@ def describe(atlas: Atlas) -> tuple[str, ...]:
     titles = {label.name: label.title.lower() for label in atlas.labels}
     layers = "1 layer" if len(atlas.of_layers) == 1 else f"{len(atlas.of_layers)} layers"
     lines = [
-        f"{len(claims)} of {experts} experts in {layers} serve something more than chance and the null models explain "
-        f"(p at most {ALPHA:g} after Holm)."
+        f"{len(claims)} of {experts} experts in {layers} are specialised (p at most {ALPHA:g} after Holm): they serve "
+        "something more often than chance or a simple rule would make them."
     ]
     by_label = Counter(claim.label for claim, _, _ in claims)
     if by_label:

@@ -163,7 +163,7 @@ def claims_table(records: Mapping[str, Any]) -> Table:
     for layer in records["layers"]:
         for expert, sheet in enumerate(layer["sheets"]):
             for claim in sheet["serves"][:1] or [None]:
-                cells: tuple[str, ...] = ("nothing beyond the null models",) + (NOTHING,) * 5
+                cells: tuple[str, ...] = ("nothing beyond chance and simple rules",) + (NOTHING,) * 5
                 if claim is not None:
                     interval = f"[{claim['low']:.2f}, {claim['high']:.2f}]"
                     cells = (

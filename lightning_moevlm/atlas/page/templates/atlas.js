@@ -59,7 +59,7 @@ function colour() {
     const claim = one.serves.find((each) => !asked || each.label === asked);
     const { button } = cells[row][expert], kind = claim ? kindOf(claim.label) : "";
     button.replaceChildren(kind ? letters[kind] || kind[0].toUpperCase() : "·", make("span", {}, claim ? claim.value : ""));
-    const what = claim ? `serves ${titles[claim.label]}: ${claim.value}, lift ${number(claim.lift)}` : "nothing beyond the null models";
+    const what = claim ? `serves ${titles[claim.label]}: ${claim.value}, lift ${number(claim.lift)}` : "nothing beyond chance and simple rules";
     button.setAttribute("aria-label", `${layer.layer}, expert ${expert}: ${what}`);
     button.title = `expert ${expert}: ${what}`;
     paint(button, claim && claim.label, claim ? claim.nmi : 0);
@@ -70,7 +70,7 @@ function colour() {
     const mark = make("b", {}, letters[kind] || kind[0].toUpperCase());
     paint(mark, kind, 0.5);
     return make("li", {}, mark, kind);
-  }), make("li", {}, make("b", {}, "·"), "nothing beyond the null models"));
+  }), make("li", {}, make("b", {}, "·"), "explained by chance or a simple rule"));
 }
 
 function filter() {
