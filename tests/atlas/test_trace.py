@@ -117,9 +117,9 @@ def test_a_probe_is_named_by_its_keys(many_scenes: Path) -> None:
 
 @pytest.fixture(scope="module")
 def few_scenes(tmp_path_factory: pytest.TempPathFactory) -> ShardDataModule:
-    """20 scenes for the models of `small_model`."""
+    """80 scenes for the models of `small_model`."""
     root = tmp_path_factory.mktemp("few") / "scenes"
-    build_scenes(root, 20, 32, "jpg", 8, seed=3, samples_per_shard=20, vocab_size=300, force=False)
+    build_scenes(root, 80, 32, "jpg", 8, seed=3, samples_per_shard=20, vocab_size=300, force=False)
     return ShardDataModule(str(root), batch_size=8, image_size=16, max_text_len=8, vocab_size=300)
 
 
