@@ -77,6 +77,10 @@ def test_its_python_runs_as_written(workplace: Path, capfd: pytest.CaptureFixtur
     features, trained = found["features"], found["trainer"].lightning_module
     assert features.shape == (12, 40, 64)  # the small set has no more samples to validate on
     assert features.isfinite().all()
+    logger = found["trainer"].logger
+    run = logger.experiment.get_run(logger.run_id)
+    assert run.info.status == "FINISHED" and (workplace / "runs/mlflow.db").is_file()
+    assert {"train/task_loss", "val/task_loss", "load_entropy/block1/image"} <= run.data.metrics.keys()
     for name, parameter in found["model"].named_parameters():
         assert torch.equal(parameter, trained.backbone.get_parameter(name)), name
 

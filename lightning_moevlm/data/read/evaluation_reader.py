@@ -34,7 +34,8 @@ class FixedReader(Reader):
         for source, batches in zip(self.sources, self._batches, strict=True):
             if source.num_samples == 0:
                 raise UserError(
-                    f"the evaluation split of {source.name} is empty; build the set again with more samples"
+                    f"the evaluation split of {source.name} is empty: build the set again with more samples. If its "
+                    "tars were indexed as one split, index them again without --split"
                 )
             if batches == 0:
                 raise UserError(

@@ -30,7 +30,8 @@ from lightning_moevlm.data.write.finish_set import Licence, finish_set
 from lightning_moevlm.data.write.set_folder import Recipe, find_existing_set, put_in_place
 
 _REMEDY = (
-    "`moevlm data convert img2dataset FOLDER --keep_tars false`, or index them as one split: --split train, val or test"
+    "`moevlm data convert img2dataset FOLDER --keep_tars false`; train without an index, which holds out the last tar: "
+    "--data.root null --data.urls URLS; or index them as one split: --split train, val or test"
 )
 _COPIED_BYTES = 2**20
 

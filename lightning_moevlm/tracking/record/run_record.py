@@ -18,6 +18,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.cli import LightningArgumentParser, SaveConfigCallback
 from lightning.pytorch.loggers.logger import DummyLogger
 from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities.rank_zero import rank_zero_info
 from rich.console import Console
 from typing_extensions import override
 
@@ -103,9 +104,13 @@ class RunRecord(SaveConfigCallback):
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Drop what an earlier attempt logged beyond the checkpoint that this one resumes."""
+        """Say where a resumed run goes on; drop what an earlier attempt logged beyond its checkpoint."""
+        if trainer.ckpt_path is None:
+            return
+        end = f" of {trainer.max_steps}" if trainer.max_steps > 0 else ""
+        rank_zero_info(f"resumes after step {trainer.global_step}{end}")
         logger = _run_logger(trainer)
-        if trainer.ckpt_path is not None and logger is not None:
+        if logger is not None:
             logger.rewind(trainer.global_step)
 
     @override

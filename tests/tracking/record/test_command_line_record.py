@@ -60,7 +60,11 @@ def test_runs_without_a_name_are_called_after_their_start(moevlm: Moevlm, workpl
 
 
 def test_a_run_that_crashes_says_how_to_resume(
-    moevlm: Moevlm, workplace: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    moevlm: Moevlm,
+    workplace: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def fail(self: StepProgress, trainer: object, *_: object) -> None:
         if getattr(trainer, "global_step", 0) == 3:
@@ -75,7 +79,9 @@ def test_a_run_that_crashes_says_how_to_resume(
     found = re.search(r"^Resume with: moevlm (.*)$", capfd.readouterr().err, re.MULTILINE)
     assert found and shlex.split(found[1]) == ["fit", "--run", run.info.run_id[:8]]
 
+    caplog.set_level("INFO", logger="lightning.pytorch")
     moevlm("fit", "--run", run.info.run_id[:8])
+    assert "resumes after step 2 of 4" in caplog.messages
     (run,) = runs(workplace)
     assert run.info.status == "FINISHED"
     points = store(workplace).get_metric_history(run.info.run_id, "train/task_loss")

@@ -51,7 +51,7 @@ def test_a_set_with_an_empty_split_is_refused(tmp_path: Path) -> None:
         "is empty; build the set again with more samples"
     )
     with pytest.raises(
-        UserError, match="the evaluation split of found is empty; build the set again with more samples"
+        UserError, match=r"split of found is empty: build the set again with more samples\. If its tars were indexed"
     ):
         read_set(tmp_path / "set").val_dataloader()
 
