@@ -1,8 +1,9 @@
 """Finds what the literature does not let one expect, by rule, or says that nothing of the kind is shown.
 
-Only verdicts count, of a share that is notable: what is unclear surprises nobody, nor does a cure of 2 %. A cure that
-harms or works alone is judged by its own cell; cures that work together only are a combination that works, while no
-part of it is shown to work alone.
+Only verdicts count, of a share that is notable: what is unclear surprises nobody, nor does a cure of 2 %. A surprise is
+picked from all cells, so it says if its verdict does not stand over the whole matrix. A cure that harms or works alone
+is judged by its own cell; cures that work together only are a combination that works, while no part of it is shown to
+work alone.
 """
 
 from typing import Literal, NamedTuple
@@ -68,7 +69,8 @@ def _of_cell(row: Row, cell: Cell) -> list[Surprise]:
 
     def add(kind: Kind, told: str) -> None:
         again = f" Fresh seeds {cell.agreement}." if cell.agreement else ""
-        found.append(Surprise(kind, row.illness, cell.label, f"{row.illness}: {told}.{again}"))
+        whole = "" if cell.stands or cell.is_decided_afresh else " It does not stand over the whole matrix."
+        found.append(Surprise(kind, row.illness, cell.label, f"{row.illness}: {told}.{whole}{again}"))
 
     share = describe_share(effect)
     if verdict is CureVerdict.HARMS and is_notable:

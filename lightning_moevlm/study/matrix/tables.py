@@ -9,6 +9,7 @@ from lightning_moevlm.study.matrix.texts import (
     describe_cell,
     describe_cost,
     describe_damage,
+    describe_error,
     describe_fresh,
     describe_share,
     describe_side_effect,
@@ -114,6 +115,7 @@ def illness_table(matrix: Matrix) -> Table:
             "counts with its last value, but with none worse than its untrained model's.",
             "A sign leads if it left the range of the healthy runs, in all sick runs and for good, before the loss.",
             FAMILIES,
+            *filter(None, (describe_error(matrix),)),
         ),
         essential=4,
     )

@@ -103,6 +103,25 @@ def describe_whole(matrix: Matrix) -> str:
     return f"{stand} of {len(decided)} verdicts also stand if all {len(cells)} cells of the matrix are one family."
 
 
+def describe_error(matrix: Matrix) -> str:
+    """Return the chance of a false claim on a cell in one family, and in all of them; empty if no cell is judged."""
+    alpha = max((row.rule.alpha for row in matrix.rows), default=0.05)
+    families = {
+        (row.illness, cell.kind == "alone")
+        for row in matrix.rows
+        for cell in row.cells
+        if cell.effect is not None and cell.effect.share is not None
+    }
+    if not families:
+        return ""
+    count = "The one family" if len(families) == 1 else f"The {len(families)} families"
+    return (
+        f"A family has a false claim of one kind with a chance of at most {alpha:.0%}. {count} of cells on this page "
+        f"together: up to {1 - (1 - alpha) ** len(families):.0%}. Verdicts that stand over the whole matrix: "
+        f"{alpha:.0%}."
+    )
+
+
 def describe_missing(matrix: Matrix) -> str:
     """Return a sentence on runs without a result; empty if all have one."""
     count = sum(map(len, matrix.missing.values()))

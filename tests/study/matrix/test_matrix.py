@@ -24,7 +24,13 @@ from lightning_moevlm.study.matrix.tables import (
     side_effect_table,
     stability_table,
 )
-from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows, describe_whole
+from lightning_moevlm.study.matrix.texts import (
+    describe_error,
+    describe_fresh,
+    describe_missing,
+    describe_rows,
+    describe_whole,
+)
 from lightning_moevlm.study.matrix.write_matrix import write_matrix
 from lightning_moevlm.study.plan.planned_run import PlannedRun
 from lightning_moevlm.study.statistics.cures.cure_effect import CureVerdict
@@ -91,6 +97,27 @@ def test_the_whole_matrix_asks_for_more_than_a_row(row) -> None:
     lost = [cell.arm for cell in both.rows[0].cells if not cell.stands]
     assert lost and other.illness == "chill"
     assert f"of {len(before) * 2 - _unclear(both)} verdicts also stand" in describe_whole(both)
+
+
+def test_a_surprise_says_if_it_does_not_stand_over_the_whole_matrix(row) -> None:
+    judged = matrix_of(row(loss_by_share(warm=1.0, clip=-1.0), recommendations={}))
+    [fever] = judged.rows
+    fallen = [replace(cell, stands=cell.stands and cell.label != "clip") for cell in fever.cells]
+    told = find_surprises(replace(judged, rows=(replace(fever, cells=tuple(fallen)),)))
+    assert {one.cures: one.text.endswith(" It does not stand over the whole matrix.") for one in told} == {
+        "clip": True,
+        "warm": False,
+    }
+
+
+def test_the_page_states_the_chance_of_a_false_claim(row) -> None:
+    """Single cures and combinations of two illnesses are four families: 1 - 0.95^4 = 0.185."""
+    final = loss_by_share(warm=1.0)
+    assert "The 4 families of cells on this page together: up to 19%." in describe_error(
+        matrix_of(row(final, "fever"), row(final, "chill"))
+    )
+    assert "The one family of cells on this page" in describe_error(matrix_of(row(final, all=[], cures=("warm",))))
+    assert describe_error(matrix_of(row(lambda arm, seed: math.sin(7 * seed + len(arm))))) == ""  # no damage
 
 
 def _unclear(matrix: Matrix) -> int:

@@ -14,7 +14,7 @@ from scipy import stats
 
 from lightning_moevlm.study.statistics.effects import compare_paired, judge_family
 from lightning_moevlm.study.statistics.intervals import interval_of, sign_interval, t_interval, wilcoxon_interval
-from lightning_moevlm.study.statistics.paired_tests import holm, paired_p, two_sided_p
+from lightning_moevlm.study.statistics.paired_tests import holm, p_outside, paired_p, two_sided_p
 from lightning_moevlm.study.statistics.verdict import Rule, Verdict
 
 EFFECT = 0.7
@@ -82,6 +82,17 @@ def test_holm_keeps_the_family_beside_arms_that_do_help(n: int) -> None:
     rate = false_alarms(families, 3, 0.05, corrected=True)
     print(f"n={n}: beside two that help {rate:.4f}")
     assert rate <= 0.05 + 2 * error(20_000)
+
+
+@pytest.mark.parametrize("n", [3, 10])
+def test_no_difference_is_rarely_told_of_arms_that_differ(n: int) -> None:
+    """Five arms that differ by just what matters, `within` of 2 deviations: at most 5 % of studies deny one of them."""
+    within, studies, denied = 2.0, 1_000, 0
+    for family in drawn_families(arms=5, n=n, studies=studies) + within:
+        found = holm({str(i): p_outside("t", tuple(arm), within) for i, arm in enumerate(family)})
+        denied += any(p is not None and p <= 0.05 for p in found.values())
+    print(f"n={n}: no difference {denied / studies:.4f}")
+    assert 0.01 < denied / studies <= 0.05 + 2 * error(studies)
 
 
 @pytest.mark.slow
