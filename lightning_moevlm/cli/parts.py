@@ -87,7 +87,7 @@ def describe(name: str | None = None, configs: list[str] | None = None, json: st
 
     Args:
         name: Class name or design as in `moevlm list`, the full path of a class, or study for the keys of a study file.
-        configs: -c FILE, a configuration as of `moevlm fit -c` whose parameters, FLOPs and activations are counted;
+        configs: A configuration as of `moevlm fit -c` whose parameters, FLOPs and activations are counted;
             may be repeated.
         json: Write the rows to this file as JSON; - is standard output.
     """

@@ -1,11 +1,12 @@
 """Commands other than training: typed functions and records; signatures are the options, docstrings the help."""
 
 import re
+from argparse import HelpFormatter
 from collections.abc import Mapping, Sequence
 from dataclasses import is_dataclass
 from typing import Any, get_type_hints
 
-from jsonargparse import ArgumentError, auto_cli
+from jsonargparse import SUPPRESS, ArgumentError, ArgumentParser, auto_cli
 
 from lightning_moevlm.cli import bench, compare, parts, sweep
 from lightning_moevlm.cli.data import commands as data
@@ -66,12 +67,31 @@ def run_command(arguments: Sequence[str]) -> int:
         words = compare.expand_shorthand(words)
     try:
         commands = _with_help(_narrow(COMMANDS, words))
-        result = auto_cli(commands, args=words, prog="moevlm", exit_on_error=False, allow_abbrev=False)
+        result = auto_cli(
+            commands, args=words, parser_class=_Parser, prog="moevlm", exit_on_error=False, allow_abbrev=False
+        )
     except ArgumentError as error:
         raise UserError(_explain_missing(str(error)) or short_message(str(error), _types(words))) from error
     if is_dataclass(result):  # a command that is a record of its options
         result = result()  # type: ignore[operator]
     return result if isinstance(result, int) else 0
+
+
+class _Parser(ArgumentParser):
+    """Shows options as people type them, without those of jsonargparse's own that no guide names."""
+
+    def format_help(self, formatter: HelpFormatter | None = None) -> str:
+        """Return the page; only an error or the end of the program follows it."""
+        typed: dict[str, list[str]] = {}
+        for word, option in _SPELLINGS.get(self.prog.split()[-1], {}).items():
+            typed.setdefault(option.strip("-+"), []).append(word)
+        for action in self._actions:
+            if set(action.option_strings) & {"--config", "--print_config"}:
+                action.help = SUPPRESS
+            elif action.dest in typed:
+                action.option_strings = typed[action.dest]
+        self.prog = self.prog.replace(" [options]", "")
+        return super().format_help(formatter)
 
 
 def _narrow(commands: Any, words: Sequence[str]) -> Any:

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -237,6 +238,22 @@ def test_help_and_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert all(f"moevlm data {name} " in told for name in COMMANDS["data"])
     assert all(kind in told for kind in COMMANDS["data"]["convert"])
     assert main(["--version"]) == 0 and __version__ in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("command", "typed", "hidden"),
+    [("replay", "--with CHANGES", "--changes"), ("describe", "-c CONFIGS, --config CONFIGS", "--configs+")],
+)
+def test_help_names_options_as_they_are_typed(
+    command: str, typed: str, hidden: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from lightning_moevlm.cli.main import main
+
+    with suppress(SystemExit):
+        main([command, "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: moevlm {command} ") and typed in " ".join(shown.split())
+    assert hidden not in shown and "print_config" not in shown
 
 
 def test_parts_are_listed_and_described(moevlm: Moevlm, workplace: Path) -> None:

@@ -35,7 +35,7 @@ def audit(
 
     Args:
         path: Directory that save_pretrained wrote, or the name of a model in the local cache of the hub.
-        configuration: --config, a model with random weights instead of a path: a file or a mapping with model_type and
+        configuration: A model with random weights instead of a path: a file or a mapping with model_type and
             sizes, as HuggingFaceModel takes them, or a configuration of moevlm fit with such a backbone.
         data: Set of shards whose training split is the sample, or its address; by default drawn scenes with captions.
         texts: File with one text per line as the sample instead.

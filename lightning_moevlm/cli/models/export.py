@@ -22,7 +22,7 @@ def export(
     Args:
         checkpoint: Checkpoint of a run, such as RUN/checkpoints/last.ckpt.
         out: Folder to write; by default that of the checkpoint without .ckpt.
-        configuration: --config FILE, the configuration of its training; by default RUN/config/config.yaml.
+        configuration: The configuration of its training; by default RUN/config/config.yaml.
         tokenizer: File of the tokenizer; by default that of the run's data.
         format: torch for plain PyTorch; hf for transformers, of a HuggingFaceModel: weights and configuration by
             save_pretrained, with the commands of lmms-eval and VLMEvalKit.

@@ -47,7 +47,7 @@ def replay(
     Args:
         run: Folder, name or id of a run.
         step: Optimiser step of the event; by default that of the run's first recorded one.
-        changes: Changes to try, each as --with KEY=VALUE, or as --with FILE for one of several options.
+        changes: Change to try, KEY=VALUE, or a FILE for one change of several options; may be repeated.
         steps: Optimiser steps to train after the event. The schedule stays that of the whole run.
         frozen_routing: Also replay with experts chosen by earlier weights, which shows the part of routing.
         frozen_at: Step whose weights then choose, from the next step on; by default the step before the event.
