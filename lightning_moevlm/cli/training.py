@@ -24,7 +24,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from rich.console import Console
 
-from lightning_moevlm.common.errors import Diverged, Stopped, UserError
+from lightning_moevlm.common.errors import Diverged, Stopped, UserError, explain_allocation
 from lightning_moevlm.common.process_tuning import collect_normally
 from lightning_moevlm.common.shipped_files import find_config
 from lightning_moevlm.configuration.lightning_notices import quiet_lightning
@@ -171,7 +171,7 @@ class CommandLine(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Build; the whole model draws its weights once."""
-        with defer_initialisation():
+        with defer_initialisation(), explain_allocation():
             super().instantiate_classes()
 
     def after_instantiate_classes(self) -> None:

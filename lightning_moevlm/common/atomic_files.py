@@ -1,4 +1,4 @@
-"""Writes a file whole or not at all, and turns errors of the file system into one line."""
+"""Writes a file or folder whole or not at all, and turns errors of the file system into one line."""
 
 import contextlib
 import os
@@ -73,6 +73,36 @@ def explain_write_errors(
         yield
     except OSError as error:
         raise UserError(f"{target} could not be written ({error.strerror or error}); {remedy}") from error
+    except Exception as error:  # safetensors has a class of its own
+        found = str(error).partition("I/O error: ")[2]
+        if not found:
+            raise
+        raise UserError(f"{target} could not be written ({found}); {remedy}") from error
+
+
+@contextmanager
+def write_folder(folder: Path) -> Iterator[Path]:
+    """Write a folder whole or not at all: the block fills one beside it, which then takes its place.
+
+    A folder that is there is kept until then; a link to one stays a link.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be written.
+    """
+    with explain_write_errors(folder):
+        folder = folder.resolve()
+        unfinished, before = (folder.with_name(f".{folder.name}.{what}-{os.getpid()}") for what in ("new", "before"))
+        try:
+            unfinished.mkdir(parents=True)
+            yield unfinished
+            if folder.exists():
+                folder.rename(before)
+            unfinished.rename(folder)
+        finally:
+            if before.exists() and not folder.exists():
+                before.rename(folder)
+            for each in (unfinished, before):
+                shutil.rmtree(each, ignore_errors=True)
 
 
 def check_writable(folder: Path, option: str) -> None:

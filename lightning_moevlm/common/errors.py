@@ -4,6 +4,8 @@
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 _MISSING = re.compile(r"requires (?:the )?(?:🤗 )?([\w-]+) library|pip install ([\w-]+)`|No module named '([\w-]+)")
 _PACKAGES = {"pil": "pillow", "pyav": "av", "jinja": "jinja2"}
@@ -34,3 +36,18 @@ def say_missing_package(error: BaseException) -> str | None:
     name = next(each for each in found.groups() if each is not None).lower()
     package = _PACKAGES.get(name, name)
     return f"needs the package {package}, which is not installed: pip install {package}{_REMARKS.get(package, '')}"
+
+
+@contextmanager
+def explain_allocation() -> Iterator[None]:
+    """Turn memory that the machine does not have, asked for while a model is built, into a `UserError`."""
+    try:
+        yield
+    except RuntimeError as error:
+        found = re.search(r"can't allocate memory.* allocate (\d+) bytes", str(error))
+        if found is None:
+            raise
+        raise UserError(
+            f"the model does not fit into memory: one of its tensors takes {int(found.group(1)) / 1e9:,.0f} GB; choose "
+            "smaller sizes, such as num_experts or hidden_dim; `moevlm describe -c ...` counts them without memory"
+        ) from error

@@ -162,9 +162,13 @@ def load_module(checkpoint: Path | str, config: Path | str | None = None) -> Vis
 def load_run(checkpoint: Path | str, config: Path | str | None = None) -> LoadedRun:
     """Return what `load_module` returns, with the configuration and the checkpoint that it was loaded from."""
     path = Path(checkpoint)
+    if not path.is_file():
+        raise UserError(f"{path} is no file: give a checkpoint of a run, such as RUN/checkpoints/last.ckpt")
     file = path.parent.parent / "config" / "config.yaml" if config is None else Path(config)
     if not file.is_file():
-        raise UserError(f"{path} has no configuration at {file}: pass that of its training, config=FILE")
+        raise UserError(
+            f"{path} has no configuration at {file}: pass that of its training, config=FILE (--config FILE)"
+        )
     saved = inspect_checkpoint(str(path), "test", Path())
     if saved is None:
         raise UserError(f"{path} is not a checkpoint in one local file: give one such as RUN/checkpoints/last.ckpt")

@@ -5,8 +5,6 @@ codebook, a list of answers). They are data: nothing in them is unpickled, impor
 """
 
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lightning_moevlm import __version__
-from lightning_moevlm.common.atomic_files import explain_write_errors
+from lightning_moevlm.common.atomic_files import write_folder
 from lightning_moevlm.common.errors import UserError
 
 WEIGHTS_FILE, CONFIG_FILE = "model.safetensors", "config.json"
@@ -157,19 +155,11 @@ def write_exported(
         UserError: the folder holds something, or cannot be written.
     """
     refuse_occupied(folder, replace)
-    unfinished = folder.with_name(f".{folder.name}.exporting-{os.getpid()}")
-    with explain_write_errors(folder):
-        try:
-            unfinished.mkdir(parents=True)
-            save_file({name: value.clone().contiguous() for name, value in weights.items()}, unfinished / WEIGHTS_FILE)
-            for name, content in files.items():
-                (unfinished / name).write_bytes(content)
-            text = json.dumps(msgspec.to_builtins(config), indent=1, ensure_ascii=False)
-            (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
-            # safetensors writes for this user alone; an export is for others too
-            (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode)
-            if folder.exists():
-                shutil.rmtree(folder)
-            unfinished.rename(folder)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with write_folder(folder) as unfinished:
+        save_file({name: value.clone().contiguous() for name, value in weights.items()}, unfinished / WEIGHTS_FILE)
+        for name, content in files.items():
+            (unfinished / name).write_bytes(content)
+        text = json.dumps(msgspec.to_builtins(config), indent=1, ensure_ascii=False)
+        (unfinished / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        # safetensors writes for this user alone; an export is for others too
+        (unfinished / WEIGHTS_FILE).chmod((unfinished / CONFIG_FILE).stat().st_mode)

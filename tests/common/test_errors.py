@@ -1,8 +1,9 @@
 """Errors of libraries that miss a package name it, with its name for pip."""
 
 import pytest
+import torch
 
-from lightning_moevlm.common.errors import say_missing_package
+from lightning_moevlm.common.errors import UserError, explain_allocation, say_missing_package
 
 
 @pytest.mark.parametrize(
@@ -23,3 +24,10 @@ def test_the_package_is_named(text: str, package: str) -> None:
 
 def test_other_errors_are_left_alone() -> None:
     assert say_missing_package(OSError("no file named model.safetensors")) is None
+
+
+def test_memory_that_is_not_there_is_named() -> None:
+    with pytest.raises(UserError, match="one of its tensors takes 4,000,000,000 GB"), explain_allocation():
+        torch.empty(10**18)
+    with pytest.raises(RuntimeError, match="invalid"), explain_allocation():
+        raise RuntimeError("invalid")

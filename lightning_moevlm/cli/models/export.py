@@ -14,7 +14,7 @@ def export(
     out: str | None = None,
     configuration: str | None = None,
     tokenizer: str | None = None,
-    format: Literal["torch", "hf"] = "torch",
+    format: Literal["torch", "hf", "peft"] = "torch",
     force: bool = False,
 ) -> None:
     """Write a trained model as safetensors, with its configuration and tokenizer, for plain PyTorch or transformers.
@@ -25,9 +25,11 @@ def export(
         configuration: The configuration of its training; by default RUN/config/config.yaml.
         tokenizer: File of the tokenizer; by default that of the run's data.
         format: torch for plain PyTorch; hf for transformers, of a HuggingFaceModel: weights and configuration by
-            save_pretrained, with the commands of lmms-eval and VLMEvalKit.
+            save_pretrained, with the commands of lmms-eval and VLMEvalKit; peft for the low-rank adapters alone, with
+            the routers trained beside them.
         force: Replace an exported model.
     """
+    from lightning_moevlm.cli.models.export_adapter import export_adapter
     from lightning_moevlm.cli.models.export_hugging_face import export_hugging_face
     from lightning_moevlm.configuration.resolver import load_run
     from lightning_moevlm.contracts.exported_model import (
@@ -49,6 +51,9 @@ def export(
     def own_tokenizer() -> Any:
         return _tokenizer_of(run.resolved["data"], run.checkpoint) if tokenizer is None else read_tokenizer(tokenizer)
 
+    if format == "peft":
+        export_adapter(run, target)
+        return
     if format == "hf":
         export_hugging_face(run, target, own_tokenizer)
         return

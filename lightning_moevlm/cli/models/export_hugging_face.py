@@ -1,15 +1,13 @@
 """`moevlm export --format hf`: a model of transformers as transformers reads it, and commands that evaluate it."""
 
 import json
-import os
-import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
-from lightning_moevlm.common.atomic_files import explain_write_errors
+from lightning_moevlm.common.atomic_files import write_folder
 from lightning_moevlm.common.errors import UserError
 
 if TYPE_CHECKING:
@@ -52,18 +50,10 @@ def export_hugging_face(run: "LoadedRun", target: Path, tokenizer: Callable[[], 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    unfinished = target.with_name(f".{target.name}.exporting-{os.getpid()}")
-    with explain_write_errors(target):
-        try:
-            unfinished.mkdir(parents=True)
-            saved = save_for_transformers(backbone, unfinished)
-            files = _add_files(run.resolved, unfinished, tokenizer)
-            commands = _evaluators(saved, target, unfinished)
-            if target.exists():
-                shutil.rmtree(target)
-            unfinished.rename(target)
-        finally:
-            shutil.rmtree(unfinished, ignore_errors=True)
+    with write_folder(target) as unfinished:
+        saved = save_for_transformers(backbone, unfinished)
+        files = _add_files(run.resolved, unfinished, tokenizer)
+        commands = _evaluators(saved, target, unfinished)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     lines = [f"wrote {target}: {saved.model_class} ({size / 1e6:,.1f} MB), {saved.text_type} as its language model"]
     lines.append(

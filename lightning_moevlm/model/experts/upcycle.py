@@ -40,7 +40,7 @@ class Upcycle:
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        check_number("upcycle.noise", self.noise, least=0)
+        check_number("upcycle.noise", self.noise, least=0, most=1, advice="; at 1 it is as large as the dense matrix")
         check_number("upcycle.reinitialised", self.reinitialised, least=0, most=1)
 
 

@@ -1,7 +1,7 @@
 """Builds a model of transformers: from a directory, from the hub, or with random weights from a configuration."""
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,14 @@ def build(origin: Origin) -> nn.Module:
         loader = transformers.AutoModelForImageTextToText if sees else transformers.AutoModelForCausalLM
         options: dict[str, Any] = {"dtype": getattr(torch, origin.dtype), "attn_implementation": origin.attention}
         if origin.path is not None and torch.get_default_device().type != "meta":
-            model = loader.from_pretrained(
-                origin.path, config=config, local_files_only=origin.local_files_only, **options
+            model, found = loader.from_pretrained(
+                origin.path,
+                config=config,
+                local_files_only=origin.local_files_only,
+                output_loading_info=True,
+                **options,
             )
+            _refuse_missing(origin.path, model, found["missing_keys"])
         else:
             with no_init_weights():  # see `draw`
                 model = loader.from_config(config, **options)
@@ -77,6 +82,17 @@ def read_config(origin: Origin) -> Any:
         )
     with _explained(origin):
         return _read_config(transformers, origin)
+
+
+def _refuse_missing(path: str, model: Any, missing: Iterable[str]) -> None:
+    """Refuse files that lack weights, which transformers would draw at random with a warning."""
+    names = sorted(missing)
+    if names:
+        others = f" and {len(names) - 1} more" if len(names) > 1 else ""
+        raise UserError(
+            f"the files in {path} lack {names[0]}{others}, and {type(model).__name__} would draw them at random: give "
+            "the whole directory of one model"
+        )
 
 
 def draw(model: Any, seed: int) -> None:

@@ -1,6 +1,7 @@
 """Models of transformers as backbones: built, trained, frozen, saved and continued. Extra `hf`; skipped if absent."""
 
 import copy
+import re
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from lightning.pytorch import Trainer
+from safetensors.torch import load_file, save_file
 from torch.optim import AdamW
 from torch.utils.data import DataLoader
 
@@ -21,6 +23,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.configuration.resolver import ConfigResolver, describe_model
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
+from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken
 from lightning_moevlm.training import VisionLanguageModule
@@ -233,3 +236,16 @@ def test_costs_are_those_that_torch_counts() -> None:
 def test_the_shipped_configuration_is_described_without_memory() -> None:
     card = describe_model(ConfigResolver()([Path(PROJECT / "conf/hugging_face/qwen3_vl_moe.yaml")], {}))
     assert (card.total_parameters, card.active_parameters) == (702_704, 407_792)
+
+
+def test_files_that_lack_weights_are_refused(tmp_path: Path) -> None:
+    """transformers draws them at random and warns."""
+    model = small_hugging_face(OLMOE).model
+    give_back_routers(model)
+    model.save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    router = next(name for name in weights if name.endswith("mlp.gate.weight"))
+    del weights[router]
+    save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"lack {re.escape(router)}, and OlmoeForCausalLM would draw them at random"):
+        HuggingFaceModel(path=str(tmp_path), image_size=16, vocab_size=300, max_text_len=8)

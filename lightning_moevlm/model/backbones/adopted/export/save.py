@@ -23,7 +23,7 @@ from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceMod
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
 
 _NUM_SAMPLES, _NUM_IDS = 2, 1000
-_CLOSE = 1e-3
+CLOSE = 1e-3
 
 
 class Saved(NamedTuple):
@@ -57,13 +57,14 @@ def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
     Raises:
         UserError: routers that transformers cannot compute, or a model that computes something else.
     """
+    refuse_limit(backbone)
     backbone.eval()
     model = backbone.model
     num_adapters = merge_adapters(model)
     dtypes = {name: value.dtype for name, value in model.state_dict().items()}
     dtype = model.dtype
     backbone.float()
-    ours = _logits(backbone)
+    ours = compute_logits(backbone)
     layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, UpcycledMoE)}
     why_own, is_own = "", False
     if layers:
@@ -74,8 +75,8 @@ def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
         give_back_routers(model)
         found, rounded = model, ""
     backbone.model = found
-    difference, scale = float((_logits(backbone) - ours).abs().max()), float(ours.abs().max())
-    if not difference <= _CLOSE * scale:
+    difference, scale = float((compute_logits(backbone) - ours).abs().max()), float(ours.abs().max())
+    if not difference <= CLOSE * scale:
         raise UserError(
             f"{type(found).__name__} of transformers computes other logits than the trained model ({difference:.2g} of "
             f"{scale:.2g}), so nothing was written: write --format torch"
@@ -86,6 +87,21 @@ def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
     name, config = type(found).__name__, found.config
     text_type = config.get_text_config().model_type
     return Saved(name, config.model_type, text_type, sees, is_own, why_own, difference, scale, num_adapters, rounded)
+
+
+def refuse_limit(backbone: HuggingFaceModel) -> None:
+    """Refuse a capacity in evaluation.
+
+    Raises:
+        UserError: there is one.
+    """
+    for layer in backbone.layers:
+        limit = None if layer.capacity is None else layer.capacity.evaluation_limit
+        if limit is not None:
+            raise UserError(
+                f"capacity.eval_factor is {limit}, and transformers has no capacity, so it would compute other logits: "
+                "write --format torch"
+            )
 
 
 def _convert(backbone: HuggingFaceModel, layers: dict[str, UpcycledMoE], folder: Path) -> tuple[Any, str]:
@@ -102,15 +118,15 @@ def _convert(backbone: HuggingFaceModel, layers: dict[str, UpcycledMoE], folder:
     found = as_moe_class(model, layers, decided)
     if isinstance(found, str):
         return as_own_class(model, layers, decided, folder), found
-    ours, backbone.model = _logits(backbone), found
-    theirs = _logits(backbone)
+    ours, backbone.model = compute_logits(backbone), found
+    theirs = compute_logits(backbone)
     backbone.model = model
-    if float((theirs - ours).abs().max()) <= _CLOSE * float(ours.abs().max()):
+    if float((theirs - ours).abs().max()) <= CLOSE * float(ours.abs().max()):
         return found, ""
     return as_own_class(model, layers, decided, folder), f"{type(found).__name__} computes something else"
 
 
-def _logits(backbone: HuggingFaceModel) -> Tensor:
+def compute_logits(backbone: HuggingFaceModel) -> Tensor:
     """Return the logits of random samples, with images if the model sees them."""
     sample = torch.Generator("cpu").manual_seed(0)
     spec, device = backbone.spec, backbone.text_embedding_VD.device

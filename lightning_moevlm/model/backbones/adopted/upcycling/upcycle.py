@@ -104,6 +104,11 @@ def upcycle_dense(
         )
     if router is None:
         top_k = 2 * options.granularity if options.top_k is None else options.top_k
+        if not 1 <= top_k <= options.num_experts:
+            raise UserError(
+                f"model.backbone.upcycle.num_experts is {options.num_experts}, and upcycle.top_k {top_k}"
+                f"{' (null takes 2 copies)' if options.top_k is None else ''}: choose top_k from 1 to num_experts"
+            )
         router = partial(TopKRouter, top_k=top_k, renormalise=top_k > 1)
     found, reasons = find_feed_forwards(model)
     if not found:

@@ -11,16 +11,20 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
+import peft
 import transformers
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.special_tokens import BOS, EOS, PAD
 from lightning_moevlm.data.text.tokenizer import MIN_VOCAB_SIZE, read_tokenizer, train_tokenizer
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
+from lightning_moevlm.model.backbones.adopted.export.adapter import save_adapter
+from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
 from lightning_moevlm.model.backbones.adopted.export.save import Saved, save_for_transformers
 from lightning_moevlm.model.backbones.adopted.export.scoring import find_scoring
 from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files, write_tokenizer
 from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense
+from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.routers import (
     CosineRouter,
     Gate,
@@ -226,3 +230,63 @@ def test_our_tokenizer_encodes_in_transformers_as_in_training(tmp_path: Path) ->
     loaded = transformers.AutoTokenizer.from_pretrained(folder)
     assert loaded("a red table").input_ids == [BOS, *own.ids("a red table")]
     assert (loaded.pad_token_id, loaded.eos_token_id) == (PAD, EOS)
+
+
+def test_a_capacity_in_evaluation_is_refused(tmp_path: Path) -> None:
+    model = small_hugging_face(OLMOE, capacity=Capacity(1.0, 1.25, "token"))
+    with pytest.raises(UserError, match=r"capacity\.eval_factor is 1\.25, and transformers has no capacity"):
+        save_for_transformers(model, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"lora": LoRA(rank=2)},
+        {"lora": LoRA(rank=2, train_experts=True), "router": partial(TopKRouter, top_k=2)},
+        {"lora": LoRA(rank=2, train_routers=False), "dtype": "bfloat16"},
+    ],
+    ids=["routers", "experts", "adapters_alone"],
+)
+def test_adapters_are_saved_alone_and_peft_loads_them(options: dict[str, Any], tmp_path: Path) -> None:
+    source = small_hugging_face(OLMOE)
+    save_for_transformers(source, tmp_path / "source")
+    build = partial(HuggingFaceModel, path=str(tmp_path / "source"), image_size=16, vocab_size=300, max_text_len=8)
+    model = build(**options)
+    sample = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.05 * torch.randn(parameter.shape, generator=sample))
+    ours = logits(model)
+    folder = tmp_path / "adapter"
+    folder.mkdir()
+    saved = save_adapter(model, str(tmp_path / "source"), folder)
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=options.get("dtype"))
+    loaded = build(dtype=options.get("dtype", "float32"))
+    give_back_routers(loaded.model)
+    assert float((logits(loaded) - ours).abs().max()) > 1e-3
+    loaded.model = peft.PeftModel.from_pretrained(base, folder).get_base_model()
+    tolerance = 0.05 if "dtype" in options else 1e-5
+    torch.testing.assert_close(logits(loaded), ours, rtol=tolerance, atol=tolerance)
+    assert saved.num_adapters == 2 * 4
+    assert {module.rpartition(".")[2] for module in saved.modules} == (
+        {"gate", "experts"} if "router" in options else set() if "dtype" in options else {"gate"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "path", "message"),
+    [
+        ({}, "somewhere", "has no low-rank adapters"),
+        ({"lora": LoRA()}, None, "this run began with random weights"),
+        ({"lora": LoRA(), "router": partial(SigmoidBiasRouter, top_k=2)}, "somewhere", "write --format torch"),
+    ],
+)
+def test_adapters_that_peft_cannot_load_are_refused(
+    options: dict[str, Any], path: str | None, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match=message):
+        save_adapter(small_hugging_face(OLMOE, **options), path, tmp_path)
+    with pytest.raises(UserError, match="upcycled experts are no part of the checkpoint"):
+        save_adapter(small_upcycled("llama", lora=LoRA(train_experts=True)), "somewhere", tmp_path)
+    assert list(tmp_path.iterdir()) == []
