@@ -74,6 +74,15 @@ def test_the_page_needs_nothing_and_runs_one_script(written: Path) -> None:
     assert "fruit" in page.split("<script")[0]  # what each expert serves can be read without the script
 
 
+def test_crossover_by_hand(planted: Atlas) -> None:
+    (layer,) = planted.of_layers
+    modality = next(each for each in layer.results if each.label.name == "modality")
+    # 3 of 4 patches and no word go to expert 0: min(0.75, 0) + min(0.25, 1)
+    counted = replace(modality, counts_EV=np.array([[3.0, 0.0], [1.0, 2.0]]))
+    assert replace(layer, results=(counted,)).crossover == pytest.approx(0.25)
+    assert replace(layer, results=()).crossover is None
+
+
 def test_a_gallery_shows_an_image_once(planted: Atlas) -> None:
     patches = [TopPatch(1 - n / 100, 0.0, "questions", f"q{n}", n, "", n // 2) for n in range(30)]
     assert [each.key for each in one_of_each_image(patches)] == [f"q{n}" for n in range(0, 24, 2)]

@@ -1,11 +1,22 @@
 """Information, p values, null models and lifts, by hand or against a slower way."""
 
+import math
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
+import torch
+from numpy.typing import NDArray
 
+from lightning_moevlm.atlas.labels.label_tokens import TokenLabels
+from lightning_moevlm.atlas.routing.confidence import ConfidenceMeter
+from lightning_moevlm.atlas.routing.route import LayerChoices, RoutedBatch
+from lightning_moevlm.atlas.routing.trace import TracedLayer
 from lightning_moevlm.atlas.statistics.information import entropy, mutual_information, normalise
 from lightning_moevlm.atlas.statistics.null_models import BlockPairs, Shape, draw_samples, draw_shifts, draw_units
 from lightning_moevlm.atlas.statistics.p_values import permutation_p
+from lightning_moevlm.atlas.statistics.together import count_together
+from lightning_moevlm.contracts.routing_plan import Modality
 
 
 def test_information_by_hand() -> None:
@@ -66,3 +77,49 @@ def test_shifts_keep_each_sample_and_units_keep_each_profile() -> None:
     drawn = draw_units(np.array([[4.0, 0], [2, 0], [0, 2]]), np.diag([4.0, 2, 2]), 60, np.random.default_rng(0))
     assert {tuple(table[1].tolist()) for table in drawn} == {(4, 0, 0), (0, 2, 0), (0, 0, 2)}
     assert (drawn.sum(1) == [4, 2, 2]).all()
+
+
+# two samples of two patches and a word; two layers of two experts, the second of which sees patches alone
+FIRST, SECOND = np.array([[0, 0, 1], [0, 1, 1]]), np.array([[1, 1, 0], [1, 0, 0]])
+SEEN = {"first": np.ones((2, 3), np.bool_), "second": np.array([[True, True, False]] * 2)}
+
+
+class HandTrace:
+    layers = (TracedLayer("first", 0, 2, False), TracedLayer("second", 1, 2, False))
+
+    def blocks(self, size: int) -> Iterator[slice]:
+        yield from (slice(0, 1), slice(1, 2))
+
+    def seen(self, layer: TracedLayer, rows: slice) -> NDArray[np.bool_]:
+        return SEEN[layer.layer][rows]
+
+    def chosen(self, layer: TracedLayer, rows: slice) -> NDArray[np.float64]:
+        return np.eye(2)[(FIRST if layer.block == 0 else SECOND)[rows]] * self.seen(layer, rows)[..., None]
+
+
+def test_experts_that_share_tokens_by_hand() -> None:
+    together = count_together(HandTrace())  # type: ignore[arg-type]
+    assert together.keys() == {(0, 0), (0, 1), (1, 1)}
+    assert together[0, 0].tolist() == [[3, 0], [0, 3]] and together[1, 1].tolist() == [[1, 0], [0, 3]]
+    # the patches of expert 0 of the first layer go to expert 1 of the second, that of expert 1 to expert 0
+    assert together[0, 1].tolist() == [[0, 3], [1, 0]]
+
+
+def test_confidence_by_hand() -> None:
+    top_BS = torch.tensor([[0.95, 0.95, 0.75], [0.65, 0.55, 0.75]])
+    is_first_BS = torch.tensor(FIRST) == 0
+    first_BS = torch.where(is_first_BS, top_BS, 1 - top_BS)
+    probs_BSE = torch.stack([first_BS, 1 - first_BS], dim=-1)
+    chosen_BSE = torch.stack([is_first_BS, ~is_first_BS], dim=-1).float()
+    layer = LayerChoices("first", 0, torch.ones(2, 3).bool(), chosen_BSE, chosen_BSE * probs_BSE, probs_BSE)
+    labels = TokenLabels(SEEN["first"], np.array([Modality.IMAGE, Modality.IMAGE, Modality.TEXT]), {}, {}, (None, None))
+    meter = ConfidenceMeter()
+    meter.add(RoutedBatch(None, labels, (layer,)))  # type: ignore[arg-type]
+    found = meter.of_layer("first")
+    image, text = found.of_modality["image"], found.of_modality["text"]
+    assert (image.num_tokens, text.num_tokens) == (4, 2)
+    assert image.top == pytest.approx((0.95 + 0.95 + 0.65 + 0.55) / 4) and text.top == pytest.approx(0.75)
+    assert text.entropy == pytest.approx(-(0.75 * math.log2(0.75) + 0.25 * math.log2(0.25)), rel=1e-5)
+    assert image.histogram == (0, 0, 0, 0, 0, 0.25, 0.25, 0, 0, 0.5) and sum(text.histogram) == text.histogram[7] == 1
+    assert found.pairs_E == (3, 3)
+    assert found.weight_E == pytest.approx([(0.95 + 0.95 + 0.65) / 3, (0.75 + 0.55 + 0.75) / 3])
