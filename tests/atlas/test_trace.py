@@ -19,8 +19,16 @@ from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.text.chat import ChatOptions
 from lightning_moevlm.data.write.demo.scenes import build_scenes
 from lightning_moevlm.model.objectives import MaskedModelling, NextToken
-from lightning_moevlm.model.routers import FixedRouter, SoftRouter
-from tests.atlas.observed import NUM_EXPERTS, SIZES, open_data, small_model
+from lightning_moevlm.model.routers import FixedRouter, SoftRouter, TopKRouter
+from tests.atlas.observed import (
+    NUM_DRAWINGS,
+    NUM_EXPERTS,
+    SIZES,
+    examine_atlas,
+    observe,
+    open_data,
+    small_model,
+)
 from tests.training.grid import FAMILIES
 
 
@@ -82,6 +90,29 @@ def test_memory_does_not_grow_with_the_probe(
     small, large = peak(4), peak(24)
     tracemalloc.stop()
     assert large < 1.1 * small + 20_000
+
+
+@pytest.mark.slow  # an atlas of 2,000 samples
+@pytest.mark.timeout(3600)
+def test_an_atlas_keeps_little_of_a_sample(tmp_path: Path) -> None:
+    """Removals included: counts of its patch codes, its scores, its key; not its features. -s prints it."""
+    root = tmp_path / "scenes"
+    build_scenes(root, 2600, 32, "jpg", NUM_DRAWINGS, 5, 200, SIZES["vocab_size"], force=False)
+    model = small_model(TopKRouter)
+
+    def peak(samples: int) -> float:
+        tracemalloc.reset_peak()
+        folder = tmp_path / str(samples)
+        atlas = observe(root, model, folder, draws=19, samples=samples)
+        assert examine_atlas(root, model, atlas, folder).num_samples == samples
+        return tracemalloc.get_traced_memory()[1] / 2**20
+
+    tracemalloc.start()
+    peak(64)  # modules are imported
+    small, large = peak(500), peak(2000)
+    tracemalloc.stop()
+    print(f"\n500 samples: {small:.1f} MiB, 2,000 samples: {large:.1f} MiB")
+    assert (large - small) * 2**20 / 1500 < 4096  # bytes a sample; the features of 16 patches alone are as many
 
 
 def test_soft_slots_have_shares(many_scenes: Path, tmp_path: Path) -> None:
