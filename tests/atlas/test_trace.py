@@ -92,12 +92,12 @@ def test_memory_does_not_grow_with_the_probe(
     assert large < 1.1 * small + 20_000
 
 
-@pytest.mark.slow  # an atlas of 2,000 samples
+@pytest.mark.slow  # atlases of 700 and of 2,800 samples
 @pytest.mark.timeout(3600)
-def test_an_atlas_keeps_little_of_a_sample(tmp_path: Path) -> None:
-    """Removals included: counts of its patch codes, its scores, its key; not its features. -s prints it."""
+def test_an_atlas_needs_little_more_memory_for_four_times_the_samples(tmp_path: Path) -> None:
+    """Its tables grow with distinct words and patch codes. Of a sample removals keep scores and a key. -s prints it."""
     root = tmp_path / "scenes"
-    build_scenes(root, 2600, 32, "jpg", NUM_DRAWINGS, 5, 200, SIZES["vocab_size"], force=False)
+    build_scenes(root, 3600, 32, "jpg", NUM_DRAWINGS, 5, 400, SIZES["vocab_size"], force=False)
     model = small_model(TopKRouter)
 
     def peak(samples: int) -> float:
@@ -109,10 +109,10 @@ def test_an_atlas_keeps_little_of_a_sample(tmp_path: Path) -> None:
 
     tracemalloc.start()
     peak(64)  # modules are imported
-    small, large = peak(500), peak(2000)
+    small, large = peak(700), peak(2800)
     tracemalloc.stop()
-    print(f"\n500 samples: {small:.1f} MiB, 2,000 samples: {large:.1f} MiB")
-    assert (large - small) * 2**20 / 1500 < 4096  # bytes a sample; the features of 16 patches alone are as many
+    print(f"\n700 samples: {small:.1f} MiB, 2,800 samples: {large:.1f} MiB")
+    assert (large - small) * 2**20 / 2100 < 1024  # bytes a sample
 
 
 def test_soft_slots_have_shares(many_scenes: Path, tmp_path: Path) -> None:

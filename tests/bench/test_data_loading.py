@@ -93,9 +93,9 @@ def test_the_same_work_takes_about_as_long_as_asked() -> None:
     import time
 
     work = bench.fixed_work(0.05)
-    start = time.process_time()
+    start = time.thread_time()
     work()
-    assert 0.01 < time.process_time() - start < 0.5
+    assert 0.01 < time.thread_time() - start < 0.5
 
 
 def test_sets_that_cannot_be_timed_are_refused(scenes_root: Path) -> None:

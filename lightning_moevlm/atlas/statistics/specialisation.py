@@ -147,8 +147,9 @@ def _draw(
         expert_UE = tabulate(unit_N, pairs.expert_N, pairs.weight_N, Shape(len(units), shape.experts))
         value_UV = tabulate(unit_N, code_N, pairs.weight_N, Shape(len(units), shape.values))
         for unit, expert_E, value_V in zip(units.tolist(), expert_UE, value_UV, strict=True):
-            by_expert[unit] = by_expert[unit] + expert_E if unit in by_expert else expert_E
-            by_value[unit] = by_value[unit] + value_V if unit in by_value else value_V
+            # copies: a row would keep the tables of its whole block
+            by_expert[unit] = by_expert[unit] + expert_E if unit in by_expert else expert_E.copy()
+            by_value[unit] = by_value[unit] + value_V if unit in by_value else value_V.copy()
     return draw_units(np.stack([*by_expert.values()]), np.stack([*by_value.values()]), draws, generator)
 
 

@@ -319,7 +319,10 @@ def _consumers(data: DataSet, size: int) -> list[Timed]:
 
 
 def fixed_work(seconds: float) -> Callable[[], object]:
-    """Return matrix products that take about so long on this machine now; later calls do the same amount of work."""
+    """Return matrix products that take about so long on this machine; later calls do the same amount of work.
+
+    The time is that of the calling thread on its core, so that other processes do not make the work smaller.
+    """
     matrix = torch.randn(192, 192) / 192**0.5
 
     def products(number: int) -> None:
@@ -327,7 +330,7 @@ def fixed_work(seconds: float) -> Callable[[], object]:
             torch.mm(matrix, matrix)
 
     products(100)
-    start = time.perf_counter()
+    start = time.thread_time()
     products(400)
-    number = max(1, round(400 * seconds / (time.perf_counter() - start)))
+    number = max(1, round(400 * seconds / (time.thread_time() - start)))
     return lambda: products(number)

@@ -115,7 +115,7 @@ def _label_illness(row: Row) -> str:
         lines += [] if row.proved else [UNPROVED]
     leads = [sign.lead for sign in row.signs if sign.lead is not None]
     if leads:
-        lines.append(f"sign leads {max(leads)} steps" if max(leads) > 0 else "no sign leads")
+        lines.append(f"sign leads\nby {max(leads)} steps" if max(leads) > 0 else "no sign leads")
     return "\n".join(lines)
 
 
