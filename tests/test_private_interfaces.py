@@ -31,6 +31,10 @@ INTERFACES = {
     "model/backbones/adopted/routing/_adopted_moe.py": {
         "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig"
     },
+    "model/backbones/adopted/routing/our_dispatch.py": {
+        "_apply_gate": "transformers.integrations.moe",
+        "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig",
+    },
     "model/backbones/adopted/routing/adopt.py": dict.fromkeys(
         ("_device_mesh", "_tp_size"), "transformers.modeling_utils:PreTrainedModel"
     ),
@@ -44,6 +48,7 @@ INTERFACES = {
     ),
     "training/callbacks/liveness/loss_proofs.py": {"_foreach_norm": "torch"},
     "training/callbacks/recording/flight_recorder.py": {"_get_scale_async": "torch.amp:GradScaler"},
+    "training/callbacks/recording/step_values.py": {"_foreach_norm": "torch"},
     "training/callbacks/stopping/divergence_guard.py": {
         "_should_accumulate": "lightning.pytorch.loops.fit_loop:_FitLoop"
     },

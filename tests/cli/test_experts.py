@@ -81,7 +81,7 @@ def test_mistakes_are_told_in_a_line(run: Path, tmp_path: Path, capfd: pytest.Ca
     before = Path("foreign.db").read_bytes()
     for arguments, told in (
         ([str(lonely)], "in the folder of no run"),
-        (["observed", "--ckpt_path=first.ckpt"], "no checkpoint at first.ckpt"),
+        (["observed", "--ckpt_path=first.ckpt"], "first.ckpt is no file: give a checkpoint of a run"),
         (["observed", "--samples=0"], "samples is 0"),
         (["observed", "--split=train", "--samples=7", "--remove=next"], "samples is 7: choose 8 or more of the split"),
         (["observed", "--seed=-1"], "seed is -1: choose 0 or more"),
