@@ -7,6 +7,10 @@ Near 1 a router learns little but balance; above 1 the other terms pull against 
 keeps a similar ratio, of balance loss to language loss at the experts' mean probabilities, below 0.1.
 """
 
+from collections.abc import Collection, Mapping
+
+from torch import Tensor
+
 from lightning_moevlm.contracts import metric_keys
 from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.training.callbacks.liveness.loss_proofs import norm_of
@@ -21,11 +25,18 @@ def balance_share(rehearsal: Rehearsal) -> dict[str, float]:
         return {}
     layers = [layer for layer in module.backbone.modules() if isinstance(layer, Mixture)]
     routers = {p for layer in layers for p in layer.router.parameters()}
-    whole = rehearsal.total_gradient
-    balance = dict(zip(whole, gradients_of(sum(terms[1:], terms[0]), [*whole]), strict=True))
-    shares = {}
-    for where, parameters in (("router", routers), ("all", whole)):
-        of_balance, of_all = (norm_of(gradients[p] for p in parameters) for gradients in (balance, whole))
-        if of_all > 0:
-            shares[metric_keys.BALANCE_GRADIENT_SHARE.key(weights=where)] = of_balance / of_all
-    return shares
+    whole = _norms(rehearsal.total_gradient, routers)
+    del rehearsal.total_gradient  # computed anew if asked for: two gradients of a large model need not fit
+    parameters = list(module.parameters())
+    gradients = gradients_of(sum(terms[1:], terms[0]), parameters)
+    balance = _norms(dict(zip(parameters, gradients, strict=True)), routers)
+    return {
+        metric_keys.BALANCE_GRADIENT_SHARE.key(weights=where): balance[where] / whole[where]
+        for where in ("router", "all")
+        if whole[where] > 0
+    }
+
+
+def _norms(gradients: Mapping[Tensor, Tensor | None], routers: Collection[Tensor]) -> dict[str, float]:
+    own = [gradient for parameter, gradient in gradients.items() if parameter in routers]
+    return {"router": norm_of(own), "all": norm_of(gradients.values())}
