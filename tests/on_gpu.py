@@ -1,7 +1,8 @@
 """`make gpu`: all that needs a GPU, in eight minutes, on a machine that may have no network; one Markdown table.
 
     run      GPU-marked tests, the benches of layers, steps and data, a short study; each step is a process with a limit
-             of its own, and what is left of the eight minutes if that is less. A step that fails stops no other.
+             of its own, and what is left of the eight minutes if that is less. A step that fails stops no other. What
+             each of them printed stands in `logs` beside the table.
     wheels   on a machine with network: fetches what the other one lacks, told by its `pip list --format=freeze`, and
              draws the set that is read there, since it is smaller than the art it is drawn from
 
@@ -92,9 +93,10 @@ def steps(device: str, folder: Path) -> tuple[Step, ...]:
 
 
 def run_all(
-    todo: Sequence[Step], folder: Path, deadline: float, clock: Callable[[], float] = time.monotonic
+    todo: Sequence[Step], folder: Path, logs: Path, deadline: float, clock: Callable[[], float] = time.monotonic
 ) -> list[Outcome]:
-    """Run every step for which time is left. deadline: on the clock."""
+    """Run every step for which time is left. logs: gets a file of each step. deadline: on the clock."""
+    logs.mkdir(parents=True, exist_ok=True)
     outcomes = []
     for step in todo:
         left = min(step.seconds, deadline - clock())
@@ -104,7 +106,9 @@ def run_all(
             continue
         result, printed = "ran", ""
         for command in step.commands:
-            result, printed = _run(command, step.where, folder / "log.txt", left - (clock() - start))
+            result, printed = _run(
+                command, step.where, logs / f"{_plain(step.name.replace(' ', '-'))}.txt", left - (clock() - start)
+            )
             if result != "ran":
                 break
         figures = _figures(step, folder, printed) if result == "ran" else ""
@@ -316,7 +320,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         scale = given.seconds / TOTAL_SECONDS
         todo = [step._replace(seconds=step.seconds * scale) for step in steps(given.device, Path(folder))]
-        outcomes = run_all(todo, Path(folder), start + given.seconds)
+        outcomes = run_all(todo, Path(folder), given.out.parent / "logs", start + given.seconds)
     given.out.parent.mkdir(parents=True, exist_ok=True)
     given.out.write_text(table(outcomes, told), encoding="utf-8")
     _say(f"wrote {given.out}")

@@ -30,14 +30,15 @@ def test_every_step_says_what_became_of_it_and_none_stops_the_next(tmp_path: Pat
         Step("torn", (_python(""),), 60, _unread),
     )
     began = time.monotonic()
-    outcomes = run_all(todo, tmp_path, began + 120)
+    outcomes = run_all(todo, tmp_path, tmp_path / "logs", began + 120)
     assert [each.result for each in outcomes[:3]] == [
         "ran", "failed with 3: boom | bang", "ended after 5 s, its limit",
     ]  # fmt: skip
     assert outcomes[0].figures == "a b " and outcomes[1].figures == outcomes[2].figures == ""
     assert outcomes[3].result == "ran" and "FileNotFoundError" in outcomes[3].figures
     assert time.monotonic() - began < 100  # and nothing that it started goes on
-    late = run_all(todo[:1], tmp_path, deadline=time.monotonic() + 1)
+    assert (tmp_path / "logs" / "bad.txt").read_text() == "boom | bang\n"
+    late = run_all(todo[:1], tmp_path, tmp_path / "logs", deadline=time.monotonic() + 1)
     assert late == [Outcome("good", "left out: no time was left", 0.0, "")]
 
 
@@ -97,7 +98,8 @@ def test_wheels_that_came_along_are_found_by_the_steps_too(tmp_path: Path, monke
     monkeypatch.setattr(sys, "path", list(sys.path))
     on_gpu.unpack_wheels()
     command = _python("import carried_along; print(carried_along.WORD)")
-    (outcome,) = run_all((Step("a", (command,), 60, lambda _, printed: printed),), tmp_path, time.monotonic() + 60)
+    step = Step("a", (command,), 60, lambda _, printed: printed)
+    (outcome,) = run_all((step,), tmp_path, tmp_path / "logs", time.monotonic() + 60)
     assert outcome[:2] == ("a", "ran") and outcome.figures == "here\n"
 
 
