@@ -58,7 +58,8 @@ def build(origin: Origin) -> nn.Module:
             with no_init_weights():  # see `draw`
                 model = loader.from_config(config, **options)
         if origin.experts_backend is not None:
-            model.set_experts_implementation(origin.experts_backend)
+            # wrappers such as LLaVA's refuse back-ends that their language models take
+            model.get_decoder().set_experts_implementation(origin.experts_backend)
     assert isinstance(model, nn.Module)
     return model.train()  # loaded ones are in evaluation mode, in which transformers checkpoints no layer
 

@@ -19,7 +19,6 @@ from lightning_moevlm.contracts.batch import Chat, JoinedChats, join_chats
 from lightning_moevlm.contracts.model_card import Costs, add_costs
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout, Span
-from lightning_moevlm.contracts.special_tokens import PAD
 from lightning_moevlm.contracts.step_records import NamedPlan
 from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, Origin, build, draw, takes
 from lightning_moevlm.model.backbones.adopted.cached import (
@@ -319,8 +318,6 @@ class HuggingFaceModel(Backbone):
     def extend(self, text_B: Tensor, past: Past) -> Tensor:
         """Return the features of one more token of each text, (B, D); `past` is extended."""
         assert isinstance(past, CachedTexts)
-        if self.images is not None:  # a model may predict the id that stands for an image, but there is none
-            text_B = torch.where(text_B == self.config.image_token_id, PAD, text_B)
         past.append(text_B)
         parts = [(group.rows_G, self._step(text_B[group.rows_G], group)) for group in past.groups]
         return lay_out(parts, (len(text_B), 1, self.spec.dim))[:, 0]
