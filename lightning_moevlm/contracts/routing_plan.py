@@ -50,11 +50,11 @@ class PairPlan(NamedTuple):
     """N routed pairs (token, expert, weight); shapes are static, so pairs are masked and never removed.
 
     token_N, expert_N: int64.
-    weight_N: fp32 combine weight, carries the router's gradient.
+    weight_N: fp32 combine weight, carries the router's gradient. Those of a token need not sum to 1.
     chosen_N: bool, the router's choices; False on padding and on pairs that it did not use.
     kept_N: bool, the chosen pairs within capacity; these run.
     logits_TE: fp32 raw scores, before noise and bias.
-    probs_TE: fp32 over all E experts.
+    probs_TE: fp32 over all E experts, whose sum is 1; 0 for a token without an expert of ReLURouter.
     modality_T: int64.
     valid_T: bool; padding is never routed, counted or in a loss.
     num_sequences: samples of the batch, of equal length, one after the other.

@@ -3,7 +3,7 @@
 top         mean over tokens of the largest probability
 entropy     mean over tokens of H(p) / ln E          1: undecided, 0: certain
 histogram   share of tokens by their largest probability, in ten parts of 0 to 1
-weight      mean combine weight of the pairs of an expert
+weight      mean combine weight of the pairs of an expert; above 1 perhaps, where a router scales its weights
 """
 
 import math

@@ -5,7 +5,7 @@
 ReMoE (arXiv 2412.14711, adaptive L1 with load balancing). f weights an expert by its load, without gradient, so busy
 experts are pushed harder; even loads give f = 1, the plain L1 norm. The paper divides loads by k T, which is their sum
 once the aim is met. Its weight is adaptive: it grows by 1.2 per step while more than k experts are active and shrinks
-while fewer are.
+while fewer are. It is the one loss that reads weights: a router that scales them by 2.5 scales it too.
 """
 
 from dataclasses import dataclass

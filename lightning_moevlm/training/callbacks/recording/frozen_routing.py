@@ -6,11 +6,13 @@ Its choices replace those of the current routers, whose scores still weigh them:
     experts = choose(theta_frozen, x)        weight_e = the router's own rule on p_e(theta_now, x)
 
 Choices by older weights are DeepSeek-V4's anticipatory routing (section 4.2.3), where the delay is constant; here the
-step is. The rule of the weights is found by comparing the router's own weights with those that its scores give.
+step is. The rule of the weights is found by comparing the router's own weights with those that its scores give; they
+need not sum to 1.
 """
 
 import copy
 from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -93,7 +95,7 @@ class FrozenRouting(Callback):
                 return None
             assert isinstance(plan, PairPlan)
             if not rules:
-                rules.append(_find_rule(plan, type(router).__name__))
+                rules.append(find_rule(plan, type(router).__name__))
             return impose_choices(plan, self._choices[layer.path].pop(0), rules[0])
 
         return hook
@@ -116,10 +118,12 @@ def _from_probs(plan: PairPlan) -> Tensor:
 
 
 def _from_shares(plan: PairPlan) -> Tensor:
-    """Return the probabilities divided by their sum over the chosen experts of the token."""
+    """Return the probabilities divided by their sum over the chosen experts of the token; as they are on padding, which
+    chooses none and which adopted models run.
+    """
     probs_N = _from_probs(plan)
     sum_T = probs_N.new_zeros(plan.num_tokens).index_add(0, plan.token_N, probs_N * plan.chosen_N)
-    return probs_N / sum_T[plan.token_N].clamp(min=1e-20)
+    return probs_N / torch.where(sum_T > 0, sum_T, 1.0)[plan.token_N].clamp(min=1e-20)
 
 
 def _from_sigmoid(plan: PairPlan) -> Tensor:
@@ -141,9 +145,29 @@ _RULES: Mapping[str, _Rule] = {
 
 
 @torch.no_grad()
-def _find_rule(plan: PairPlan, router: str) -> _Rule:
-    for rule in _RULES.values():
-        error_N = (rule(plan) - plan.weight_N).abs() * plan.chosen_N
-        if bool(error_N.amax() <= _CLOSE):
-            return rule
+def find_rule(plan: PairPlan, router: str) -> _Rule:
+    """Return the rule that a router's weights follow, or follow times a constant, as DeepSeek-V3's times 2.5.
+
+    Args:
+        plan: of the router, with its own choices.
+        router: its name, for messages.
+
+    Raises:
+        UserError: they follow none.
+    """
+    used_N = plan.weight_N * plan.chosen_N
+    # weights of a narrow router are its rule's, rounded
+    close = _CLOSE if bool((used_N.bfloat16() != used_N).any()) else torch.finfo(torch.bfloat16).eps
+    scaled: list[_Rule] = [
+        partial(_scale, rule, used_N.sum() / (rule(plan) * plan.chosen_N).sum()) for rule in _RULES.values()
+    ]
+    for rules in (list(_RULES.values()), scaled):
+        errors = [float(((rule(plan) - plan.weight_N) * plan.chosen_N).abs().amax()) for rule in rules]
+        best = min(range(len(rules)), key=errors.__getitem__)
+        if errors[best] <= close * max(1.0, float(used_N.amax())):
+            return rules[best]
     raise UserError(f"routing cannot be frozen: the weights of {router} do not follow from its scores alone")
+
+
+def _scale(rule: _Rule, factor: Tensor, plan: PairPlan) -> Tensor:
+    return factor * rule(plan)

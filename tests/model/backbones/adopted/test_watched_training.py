@@ -83,14 +83,26 @@ def test_the_recorder_keeps_what_routers_did_and_changes_nothing(tmp_path: Path)
     assert any(name.startswith("gradient_norm/") and ".gate" in name for name in values)
 
 
-def test_earlier_weights_choose_while_the_current_ones_learn() -> None:
-    batch = pair_batch()
-    free, frozen = module_of(), module_of()
+@pytest.mark.parametrize(
+    ("config", "sum_of_weights"),
+    [(QWEN, 1.0), (DEEPSEEK, 2.5), (QWEN | {"dtype": "bfloat16"}, 1.0)],
+    ids=["images", "scaled weights", "narrow weights"],
+)
+def test_earlier_weights_choose_while_the_current_ones_learn(config: dict[str, Any], sum_of_weights: float) -> None:
+    batch = pair_batch() if "vision_config" in config else Batch(None, *pair_batch()[1:4])
+    options = {"dtype": config["dtype"]} if "dtype" in config else {}
+    free, frozen = module_of(config, **options), module_of(config, **options)
     outputs = fit(frozen, 3, batches=[batch] * 3, callbacks=[FrozenRouting(1)]).outputs
     fit(free, 3, batches=[batch] * 3)
-    first, last = (outputs[step]["plans"] for step in (0, 2))
-    assert torch.equal(first[0].plan.expert_N, last[0].plan.expert_N)
-    assert not torch.equal(first[0].plan.weight_N, last[0].plan.weight_N)
+    first, last = (outputs[step]["plans"][0].plan for step in (0, 2))
+    assert torch.equal(first.expert_N, last.expert_N)
+    assert not torch.equal(first.weight_N, last.weight_N)
+    for plan in (first, last):
+        sum_T = plan.weight_N.view(2, -1).sum(dim=0)
+        torch.testing.assert_close(
+            sum_T[plan.valid_T], torch.full_like(sum_T, sum_of_weights)[plan.valid_T], rtol=1e-2, atol=0
+        )
+        assert float(plan.weight_N.max()) < sum_of_weights  # on padding too, which runs
     assert not torch.equal(weights(free), weights(frozen))
 
 
