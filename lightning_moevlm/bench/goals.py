@@ -6,7 +6,7 @@ A time goal is missed if both the best ratio and the median ratio miss it, becau
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from lightning_moevlm.bench.adopted import ObservingTimes
+from lightning_moevlm.bench.adopted import BACKENDS, AdoptedTimes
 from lightning_moevlm.bench.busy_machine import MOEVLM_WAIT, LoadTimes
 from lightning_moevlm.bench.candidates import DENSE, GEMM, OURS
 from lightning_moevlm.bench.data.data_loading import CEILING, FED, FIXED, LOADER, PLAIN, DataTimes, name_timed
@@ -33,6 +33,7 @@ _LINEAR = 1.25  # time per token at T = 32768 over that at 2048
 _EXPERTS = 2.0  # E = 128 over E = 4
 _ADDED_MS = 2.5  # per step, by Lightning with all telemetry and MLflow, logging every 50
 _OBSERVED_OVER_PLAIN = 1.02
+_ADDED_OVER_PLANS = 1.02  # peak memory; beside plans, mask and modality of each token, once for all layers
 _SPARSE_OVER_DENSE = 1.03  # a whole training step
 _OVER_FAIR_SHARE = 1.2  # time of a step, quiet and beside busy processes
 _OF_CEILING = {64: 0.60, 224: 0.75}  # samples/s of the loader over decoding alone, by image size
@@ -100,9 +101,16 @@ def step_verdicts(times: StepTimes, sparsity: Ratio) -> list[Verdict]:
     ]
 
 
-def observing_verdicts(times: ObservingTimes) -> list[Verdict]:
-    """Check what observing a model of Hugging Face costs."""
-    return [Verdict("observed step over the plain model's", times.over_plain.fairest, _OBSERVED_OVER_PLAIN)]
+def observing_verdicts(times: AdoptedTimes) -> list[Verdict]:
+    """Check what observing a model of Hugging Face costs, by each back-end."""
+    verdicts = []
+    for backend in BACKENDS:
+        time, memory = times.over_plain(backend).fairest, times.added_mib(backend) / times.plans
+        verdicts += [
+            Verdict(f"observed step over the plain model's, {backend}", time, _OBSERVED_OVER_PLAIN),
+            Verdict(f"memory that observing adds over that of its plans, {backend}", memory, _ADDED_OVER_PLANS),
+        ]
+    return verdicts
 
 
 def load_verdicts(times: LoadTimes) -> list[Verdict]:

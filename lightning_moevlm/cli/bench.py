@@ -22,6 +22,8 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # before torch is loaded: its p
 
 Peers = Literal["all", "none", "transformers", "st-moe"]
 Device = Literal["cpu", "cuda"]
+DType = Literal["float32", "bfloat16"]
+Size = Literal["small", "large"]
 Records = list[dict[str, object]]
 _TIMES = {"impl": "", "median_ms": "median ms"}
 
@@ -198,29 +200,48 @@ def data(rounds: int = 5, root: str | None = None, json: str | None = None) -> i
 
 
 def adopted(
-    rounds: int = 9, sequences: int = 4, length: int = 256, threads: int | None = 1, json: str | None = None
+    rounds: int = 9,
+    size: Size | None = None,
+    sequences: int | None = None,
+    length: int | None = None,
+    dtype: DType | None = None,
+    threads: int | None = 1,
+    device: Device = "cpu",
+    json: str | None = None,
 ) -> int:
-    """Time what observing the routing adds to a step of a model of Hugging Face, forward and backward.
+    """Time what observing adds to a step of a model of Hugging Face, and our dispatchers beside its own back-ends.
 
     Args:
-        rounds: Interleaved rounds; each times both once.
-        sequences: Texts of a batch.
-        length: Tokens of each.
+        rounds: Interleaved rounds; each times every candidate once.
+        size: The model: width 256 with 16 experts, or width 2048 with 64; by default small on the CPU, large on cuda.
+        sequences: Texts of a batch; by default 4 for the small model, 8 for the large one.
+        length: Tokens of each; by default 256 or 2048.
+        dtype: Of weights and computation; by default float32 on the CPU, bfloat16 on cuda.
         threads: Threads of torch; a single one is timed by its CPU time, which other processes do not change.
-        json: Write one record per model to this file instead of the table; - is standard output.
+        device: Device of the models.
+        json: Write one record per candidate to this file instead of the table; - is standard output.
     """
-    from lightning_moevlm.bench.adopted import measure_observing, refuse_missing
+    from lightning_moevlm.bench.adopted import BACKENDS, DISPATCHERS, SIZES, measure_adopted, refuse_missing
     from lightning_moevlm.bench.goals import observing_verdicts
 
     refuse_missing()
-    _prepare(rounds, threads)
-    if sequences < 1 or length < 1:
-        raise UserError(f"--sequences is {sequences} and --length {length}: give at least 1 of each")
+    _prepare(rounds, threads, device)
+    chosen = SIZES[size or ("large" if device == "cuda" else "small")]
+    chosen = chosen._replace(
+        sequences=chosen.sequences if sequences is None else sequences,
+        length=chosen.length if length is None else length,
+    )
+    if chosen.sequences < 1 or chosen.length < 1:
+        raise UserError(f"--sequences is {chosen.sequences} and --length {chosen.length}: give at least 1 of each")
+    kind = dtype or ("bfloat16" if device == "cuda" else "float32")
     with _progress() as progress:
-        task = progress.add_task("plain and observed", total=2 * (rounds + 1))
-        times = measure_observing(rounds, sequences, length, lambda: progress.advance(task))
-    columns = _TIMES | {"peak_mib": "peak MiB"}
-    return _finish(_table(times.records(), columns, _setting()), times.records(), observing_verdicts(times), json)
+        total = (2 * len(BACKENDS) + len(DISPATCHERS)) * (rounds + 1)
+        task = progress.add_task("plain, observed and dispatched", total=total)
+        times = measure_adopted(rounds, chosen, lambda: progress.advance(task), device, kind)
+    columns = _TIMES | {"ratio": "ratio", "over": "over", "peak_mib": "peak MiB", "plans_mib": "plans MiB"}
+    listing = _table(times.records(), columns, _setting(kind))
+    listing.caption = times.finding()
+    return _finish(listing, times.records(), observing_verdicts(times), json, kind)
 
 
 COMMANDS: dict[str, Callable[..., int]] = {
@@ -267,13 +288,19 @@ def _table(records: Sequence[Mapping[str, object]], columns: Mapping[str, str], 
     return table
 
 
-def _finish(listing: "RenderableType", records: Records, verdicts: "Sequence[Verdict]", json: str | None) -> int:
+def _finish(
+    listing: "RenderableType",
+    records: Records,
+    verdicts: "Sequence[Verdict]",
+    json: str | None,
+    dtype: DType = "float32",
+) -> int:
     """Print a listing and its goals, or write the records."""
     from rich.table import Table
 
     show(listing, records, json)
     if json is None and verdicts:
-        goals = Table("goal", "figure", "allowed", "", title="goals", caption=_setting())
+        goals = Table("goal", "figure", "allowed", "", title="goals", caption=_setting(dtype))
         for each in verdicts:
             allowed = f"{'>=' if each.at_least else '<='} {each.goal:.2f}"
             goals.add_row(each.what, f"{each.figure:.2f}", allowed, "met" if each.met else "[red]missed[/]")
@@ -281,14 +308,14 @@ def _finish(listing: "RenderableType", records: Records, verdicts: "Sequence[Ver
     return 0
 
 
-def _setting() -> str:
+def _setting(dtype: DType = "float32") -> str:
     import torch
 
     from lightning_moevlm.bench.timing import wall_clock
 
     threads = f"{torch.get_num_threads()} threads by the wall clock" if wall_clock() else "1 thread by its CPU time"
     gpu = f"on {torch.cuda.get_device_name()}, " if torch.cuda.is_available() else ""
-    return f"{gpu}fp32, {threads}, torch {torch.__version__}"
+    return f"{gpu}{'fp32' if dtype == 'float32' else 'bf16'}, {threads}, torch {torch.__version__}"
 
 
 def _note(text: str) -> None:

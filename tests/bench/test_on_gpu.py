@@ -42,6 +42,13 @@ def test_every_step_says_what_became_of_it_and_none_stops_the_next(tmp_path: Pat
     assert late == [Outcome("good", "left out: no time was left", 0.0, "")]
 
 
+def test_what_needs_transformers_is_left_out_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: None)
+    adopted = next(each for each in steps("cuda", tmp_path) if each.name == "bench adopted")
+    (outcome,) = run_all((adopted,), tmp_path, time.monotonic() + 60)
+    assert outcome == Outcome("bench adopted", "left out: transformers is not installed", 0.0, "")
+
+
 def _unread(folder: Path, _: str) -> str:
     return (folder / "not_there.json").read_text()
 
@@ -57,7 +64,7 @@ def test_the_table_names_the_device_and_survives_bars() -> None:
     ]
 
 
-@pytest.mark.parametrize(("result", "code"), [("ran", 0), ("failed with 1: no", 1)])
+@pytest.mark.parametrize(("result", "code"), [("ran", 0), ("failed with 1: no", 1), (on_gpu.NO_TRANSFORMERS, 0)])
 def test_the_exit_code_says_whether_every_step_ran(
     result: str, code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -66,7 +73,7 @@ def test_the_exit_code_says_whether_every_step_ran(
     assert on_gpu.main(["run", "--device", "cpu", "--out", str(tmp_path / "deep" / "table.md")]) == code
     written = (tmp_path / "deep" / "table.md").read_text()
     assert written.startswith("CPU, a rehearsal; torch ")
-    for name in ("GPU-marked tests", "bench layer", "bench step", "bench data", "short study"):
+    for name in ("GPU-marked tests", "bench layer", "bench step", "bench adopted", "bench data", "short study"):
         assert f"| {name} | {result} |" in written
 
 
