@@ -45,7 +45,7 @@ def test_every_step_says_what_became_of_it_and_none_stops_the_next(tmp_path: Pat
 def test_what_needs_transformers_is_left_out_without_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(on_gpu.importlib.util, "find_spec", lambda name: None)
     adopted = next(each for each in steps("cuda", tmp_path) if each.name == "bench adopted")
-    (outcome,) = run_all((adopted,), tmp_path, time.monotonic() + 60)
+    (outcome,) = run_all((adopted,), tmp_path, tmp_path / "logs", time.monotonic() + 60)
     assert outcome == Outcome("bench adopted", "left out: transformers is not installed", 0.0, "")
 
 
