@@ -73,7 +73,7 @@ class FactCollector:
     def state(self, device: torch.device, reduce: Reduce, gather_ranks: Callable[[Tensor], Tensor]) -> CollectedFacts:
         """Return the facts so far over all ranks; all ranks must call it together. gather_ranks: (n) -> (ranks, n)."""
         attention = self._largest(device, reduce) if "attention" in self._needs else {}
-        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, dtype=torch.float32)
+        losses = torch.stack(self._losses) if self._losses else torch.zeros(0, device=device)
         return CollectedFacts(attention=attention, losses=gather_ranks(losses))
 
     def restore(self, state: CollectedFacts, device: torch.device, select_rank: Callable[[Tensor], Tensor]) -> None:

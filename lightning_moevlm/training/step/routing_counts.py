@@ -78,7 +78,11 @@ class RoutingCounter:
             path: torch.zeros(sum(layer.sizes), dtype=torch.int64, device=device)
             for path, layer in self._layers.items()
         }
-        flat = torch.cat(list((zeros | self._counts).values())) if zeros else torch.zeros(0, dtype=torch.int64)
+        flat = (
+            torch.cat(list((zeros | self._counts).values()))
+            if zeros
+            else torch.zeros(0, dtype=torch.int64, device=device)
+        )
         pieces = sum_over_ranks(flat).split([sum(layer.sizes) for layer in self._layers.values()])
         return dict(zip(self._layers, pieces, strict=True))
 

@@ -2,10 +2,11 @@
 
 import gzip
 import io
-import os
 import tarfile
 from collections.abc import Callable, Iterable
+from itertools import count
 from pathlib import Path
+from random import Random
 
 import pytest
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
@@ -91,7 +92,7 @@ def test_a_whole_shard(tmp_path: Path) -> None:
         (WHOLE[:SECOND] + b"\1" + WHOLE[SECOND:], ["s0", (5, "shard_corrupt")]),
         (b"no tar at all" * 500, [(6, "shard_corrupt")]),
         (gzip.compress(WHOLE), [(6, "shard_truncated")]),  # shorter than a header
-        (gzip.compress(os.urandom(5000) + WHOLE), [(6, "shard_corrupt")]),
+        (gzip.compress(Random(0).randbytes(5000) + WHOLE), [(6, "shard_corrupt")]),
         (_tar(_files(4)), ["s0", "s1", "s2", "s3", (2, "sample_count")]),
         (_tar(_files(8)), [*KEYS, (0, "sample_count")]),
         (_tar(_files(3) + _files(3)), ["s0", "s1", "s2", *[(1, "duplicate_key")] * 3]),
@@ -100,6 +101,7 @@ def test_a_whole_shard(tmp_path: Path) -> None:
         (_tar(f for f in _files() if f[0] not in ("s2.jpg", "s2.txt")), [*KEYS[:2], *KEYS[3:], (1, "member_missing")]),
         (_tar([*_files(3), ("README.md", b"hello"), ("noextension", b"x"), *_files()[9:]]), KEYS),
     ],
+    ids=count(),
 )  # fmt: skip
 def test_losses_of_a_broken_shard_with_a_matching_manifest(
     tmp_path: Path, data: bytes, expected: list[str | tuple[int, str]]

@@ -307,7 +307,8 @@ def _num_rollbacks(module: VisionLanguageModule) -> int:
 
 def _fetch(pending: Sequence[_Pending]) -> list[RecordedStep]:
     """Return the steps with their values; the host waits once."""
-    tensors = [part.values_V for one in pending for part in one.parts]
+    # a part without values, such as the loads of a dense model, has no device
+    tensors = [part.values_V for one in pending for part in one.parts if part.names]
     numbers = iter((torch.cat(tensors) if tensors else torch.zeros(0)).tolist())
     return [
         RecordedStep(

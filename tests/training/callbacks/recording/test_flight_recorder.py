@@ -13,6 +13,8 @@ from lightning_moevlm.tracking.recordings.recording import Recording, read_recor
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.actions import Actions, Rollback
 from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, Telemetry
+from lightning_moevlm.training.callbacks.recording.flight_recorder import _fetch, _Pending
+from lightning_moevlm.training.callbacks.recording.step_values import Values
 from lightning_moevlm.training.optim import GradientStabilisers, SkipSpikes
 from tests.small_model import pair_batch
 from tests.training.small_fit import Fit, Poison, fit, tiny_module
@@ -180,3 +182,10 @@ def test_keys_are_kept_by_source() -> None:
 
     assert _keys_by_source(batch_of(("a", "b", "c"), ("x", "y", "x"))) == {"x": ("a", "c"), "y": ("b",)}
     assert _keys_by_source(batch_of(("a",), ())) == {"": ("a",)}
+
+
+def test_parts_without_values_may_lie_on_any_device() -> None:
+    """A dense model has no loads, and so nothing that knows the device of the model."""
+    loads = Values((), torch.zeros(0, device="meta"))
+    (step,) = _fetch([_Pending(1, {}, [loads, Values(("loss", "gradient"), torch.tensor([2.0, 3.0]))], {"rate": 0.5})])
+    assert (step.values["loss"], step.values["gradient"], step.values["rate"]) == (2.0, 3.0, 0.5)
