@@ -230,7 +230,7 @@ def _foreign_members() -> Iterator[tuple[str, str]]:
             yield from ((file, name) for name in _own_members(node) & private)
 
 
-_NOT_IMPORTED = ("__main__.py", "model/backbones/adopted/export/modeling_upcycled.py")
+_NOT_IMPORTED = ("__main__.py", "model/backbones/adopted/export/modeling_moevlm.py")
 """The second one is written beside weights, and loaded from there."""
 
 _FRAMEWORKS = ("lightning", "torch", "jsonargparse", "mlflow", "transformers", "webdataset", "torchmetrics")

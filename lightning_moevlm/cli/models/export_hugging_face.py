@@ -60,7 +60,7 @@ def export_hugging_face(run: "LoadedRun", target: Path, tokenizer: Callable[[], 
         f"logits differ from those of the trained model by at most {saved.difference:.2g} of {saved.scale:.2g}"
     )
     if saved.is_own:
-        lines.append(f"{saved.why_own}: the class is in modeling_upcycled.py beside the weights")
+        lines.append(f"{saved.why_own}: the class is in modeling_moevlm.py beside the weights")
     if saved.num_adapters:
         lines.append(f"{saved.num_adapters} low-rank adapters are merged into their matrices")
     if saved.rounded:

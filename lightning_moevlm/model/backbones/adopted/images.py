@@ -74,14 +74,15 @@ def image_inputs(config: Any, image_size: int, path: str | None) -> ImageInputs 
             f"the vision tower of {config.model_type} has no single patch_size, and how it takes images is not known: "
             "choose a model whose vision tower embeds square patches, or a language model"
         )
-    frames = getattr(vision, "temporal_patch_size", None)
+    # a patch of ERNIE is one frame, and frames are merged later
+    frames = getattr(vision, "temporal_patch_size", None) or int(hasattr(vision, "temporal_merge_size"))
     merge = getattr(vision, "spatial_merge_size", 1) if frames else 1
     if image_size % (patch_size * merge):
         raise UserError(
             f"data.image_size {image_size} is not a multiple of {patch_size * merge}, the {merge} x {merge} patches of "
             f"{patch_size} pixels that {config.model_type} makes one token of: choose a multiple"
         )
-    inputs = ImageInputs(image_size, patch_size, merge, frames or 0)
+    inputs = ImageInputs(image_size, patch_size, merge, frames)
     file = None if path is None else Path(path) / "preprocessor_config.json"
     if file is not None and file.is_file():
         own = json.loads(file.read_text("utf-8"))

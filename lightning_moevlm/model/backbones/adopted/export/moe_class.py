@@ -44,7 +44,7 @@ def as_moe_class(model: Any, layers: Mapping[str, UpcycledMoE], scorings: Mappin
     first, scoring = next(iter(layers.values())), next(iter(scorings.values()))
     experts = first.experts
     assert isinstance(experts, UpcycledExperts)
-    if scoring.score != "softmax" or any(each.bias_E is not None for each in scorings.values()):
+    if not all(each.is_plain for each in scorings.values()):
         return f"{family} routes by the softmax alone"
     if set(experts.parts()) != {"gate", "up", "down"}:
         return f"experts of {family} have a gate and no biases"

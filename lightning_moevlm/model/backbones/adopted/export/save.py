@@ -1,10 +1,11 @@
 """Saves an adopted or upcycled model as transformers loads it.
 
-    adopted       the model itself, with its own routers
-    upcycled      the family of transformers that is the dense one with experts; else a class of our small file
+    adopted       the model itself with its own routers, if they can decide as the trained ones; else
+    upcycled      the family of transformers that is the dense one with experts; else
+    both          a class of our small file
 
 Low-rank adapters are merged. Before anything is kept, the model that is saved computes the logits of random images and
-texts; the largest difference to ours is returned.
+texts, and its weights are read back; the largest difference to ours is returned.
 """
 
 from pathlib import Path
@@ -14,12 +15,14 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import SPECIAL_TOKENS
-from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers, merge_adapters
-from lightning_moevlm.model.backbones.adopted.export.modeling_file import as_own_class
+from lightning_moevlm.model.backbones.adopted.export.give_back import find_own_routers, merge_adapters, put_back
+from lightning_moevlm.model.backbones.adopted.export.modeling_file import as_own_class, router_of
 from lightning_moevlm.model.backbones.adopted.export.moe_class import as_moe_class
-from lightning_moevlm.model.backbones.adopted.export.scoring import find_scoring
+from lightning_moevlm.model.backbones.adopted.export.scoring import Scoring, find_scoring
 from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceModel
+from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
 
 _NUM_SAMPLES, _NUM_IDS = 2, 1000
@@ -31,8 +34,7 @@ class Saved(NamedTuple):
 
     model_class: that loads it. model_type: of its configuration. text_type: of its language model.
     sees: whether it takes images.
-    is_own: whether the class is in our small file.
-    why_own: why no class of transformers was found.
+    why_own: why no class of transformers was found, so that it is in our small file; empty if one was.
     difference: largest one of the logits of random samples to ours, in fp32. scale: largest logit.
     num_adapters: that were merged.
     rounded: dtype that routers were rounded to; empty if they were not.
@@ -42,12 +44,16 @@ class Saved(NamedTuple):
     model_type: str
     text_type: str
     sees: bool
-    is_own: bool
     why_own: str
     difference: float
     scale: float
     num_adapters: int
     rounded: str
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the class is in our small file."""
+        return bool(self.why_own)
 
 
 @torch.no_grad()
@@ -55,38 +61,28 @@ def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
     """Write weights and configuration to a folder; the backbone is used up.
 
     Raises:
-        UserError: routers that transformers cannot compute, or a model that computes something else.
+        UserError: routers that transformers cannot compute, or a model that computes or reads something else.
     """
     refuse_limit(backbone)
     backbone.eval()
-    model = backbone.model
-    num_adapters = merge_adapters(model)
-    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
-    dtype = model.dtype
+    num_adapters = merge_adapters(backbone.model)
+    dtype, dtypes = backbone.model.dtype, _dtypes(backbone.model)
     backbone.float()
     ours = compute_logits(backbone)
-    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, UpcycledMoE)}
-    why_own, is_own = "", False
-    if layers:
-        found, why_own = _convert(backbone, layers, folder)
-        is_own = bool(why_own)
-        rounded = "" if dtype == torch.float32 else str(dtype).removeprefix("torch.")
-    else:
-        give_back_routers(model)
-        found, rounded = model, ""
-    backbone.model = found
+    model, why_own, in_fp32 = _convert(backbone, folder)
+    backbone.model = model
     difference, scale = float((compute_logits(backbone) - ours).abs().max()), float(ours.abs().max())
     if not difference <= CLOSE * scale:
         raise UserError(
-            f"{type(found).__name__} of transformers computes other logits than the trained model ({difference:.2g} of "
+            f"{type(model).__name__} of transformers computes other logits than the trained model ({difference:.2g} of "
             f"{scale:.2g}), so nothing was written: write --format torch"
         )
-    _restore(found, dtypes, dtype)
-    found.save_pretrained(folder)
-    sees = hasattr(found.config, "vision_config")
-    name, config = type(found).__name__, found.config
-    text_type = config.get_text_config().model_type
-    return Saved(name, config.model_type, text_type, sees, is_own, why_own, difference, scale, num_adapters, rounded)
+    rounded = _restore(model, in_fp32, dtypes, dtype)
+    model.save_pretrained(folder)
+    _read_back(model, folder, dtype)
+    config, sees = model.config, hasattr(model.config, "vision_config")
+    name, text_type = type(model).__name__, config.get_text_config().model_type
+    return Saved(name, config.model_type, text_type, sees, why_own, difference, scale, num_adapters, rounded)
 
 
 def refuse_limit(backbone: HuggingFaceModel) -> None:
@@ -104,26 +100,57 @@ def refuse_limit(backbone: HuggingFaceModel) -> None:
             )
 
 
-def _convert(backbone: HuggingFaceModel, layers: dict[str, UpcycledMoE], folder: Path) -> tuple[Any, str]:
-    """Return the model of an upcycled one in transformers, and why it is of a class of our own."""
-    scorings = {path: find_scoring(layer.router) for path, layer in layers.items()}
-    decided = {path: scoring for path, scoring in scorings.items() if scoring is not None}
-    if len(decided) < len(layers):
-        name = type(next(iter(layers.values())).router).__name__
-        raise UserError(
-            f"{name} is no top-k of softmax or sigmoid scores with one bias for all modalities, and no other can be "
-            "computed in transformers: write --format torch, or train with TopKRouter or SigmoidBiasRouter"
-        )
+class _Found(NamedTuple):
+    """A model of transformers that computes what the trained one does.
+
+    why_own: why it is of a class of our own; empty if it is not.
+    in_fp32: paths of routers that stay in fp32.
+    """
+
+    model: Any
+    why_own: str = ""
+    in_fp32: tuple[str, ...] = ()
+
+
+def _convert(backbone: HuggingFaceModel, folder: Path) -> _Found:
+    """Return the model in transformers.
+
+    Raises:
+        UserError: a router that no file of ours can compute.
+    """
     model = backbone.model
-    found = as_moe_class(model, layers, decided)
-    if isinstance(found, str):
-        return as_own_class(model, layers, decided, folder), found
-    ours, backbone.model = compute_logits(backbone), found
-    theirs = compute_logits(backbone)
-    backbone.model = model
-    if float((theirs - ours).abs().max()) <= CLOSE * float(ours.abs().max()):
-        return found, ""
-    return as_own_class(model, layers, decided, folder), f"{type(found).__name__} computes something else"
+    routers = find_own_routers(model)
+    put_back(model, {path: router for path, router in routers.items() if router is not None})
+    layers = {path: layer for path, layer in model.named_modules() if isinstance(layer, AdoptedMoE | UpcycledMoE)}
+    if not layers:
+        return _Found(model)
+    scorings = {path: _find_scoring(layer) for path, layer in layers.items()}
+    upcycled = {path: layer for path, layer in layers.items() if isinstance(layer, UpcycledMoE)}
+    if upcycled:
+        found = as_moe_class(model, upcycled, scorings)
+        if not isinstance(found, str):
+            ours, backbone.model = compute_logits(backbone), found
+            theirs = compute_logits(backbone)
+            backbone.model = model
+            if float((theirs - ours).abs().max()) <= CLOSE * float(ours.abs().max()):
+                return _Found(found)
+        why_own = found if isinstance(found, str) else f"{type(found).__name__} computes something else"
+    else:
+        name = type(next(iter(layers.values())).router).__name__
+        why_own = f"{name} decides as no router of {type(model).__name__} does"
+    in_fp32 = tuple(router_of(path, layer) for path, layer in layers.items())
+    return _Found(as_own_class(model, layers, scorings, folder), why_own, in_fp32)
+
+
+def _find_scoring(layer: AdoptedMoE | UpcycledMoE) -> Scoring:
+    scoring = find_scoring(layer.router, tuple(Modality) if layer.modality is None else (layer.modality,))
+    if scoring is None:
+        raise UserError(
+            f"{type(layer.router).__name__} is no top-k of softmax, sigmoid or sqrt-softplus scores with one bias for "
+            "all modalities, and no other can be computed in transformers: write --format torch, or train with "
+            "TopKRouter or SigmoidBiasRouter"
+        )
+    return scoring
 
 
 def compute_logits(backbone: HuggingFaceModel) -> Tensor:
@@ -141,8 +168,40 @@ def compute_logits(backbone: HuggingFaceModel) -> Tensor:
     return backbone.predict_text(output.tokens_BSD)
 
 
-def _restore(model: Any, dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> None:
-    """Give tensors the dtypes that they had; new ones that of the model."""
+def _dtypes(model: Any) -> dict[str, torch.dtype]:
+    """Return those of all tensors, and of routers where layers of ours stand, by their names in transformers."""
+    dtypes = {name: value.dtype for name, value in model.state_dict().items()}
+    for path, layer in model.named_modules():
+        if isinstance(layer, AdoptedMoE):
+            dtypes |= {f"{path}.{name}": value.dtype for name, value in layer.theirs.state_dict().items()}
+    return dtypes
+
+
+def _restore(model: Any, in_fp32: tuple[str, ...], dtypes: dict[str, torch.dtype], dtype: torch.dtype) -> str:
+    """Give tensors the dtypes that they had, and new ones that of the model; return the dtype that some are rounded to.
+
+    Only routers can be: they are trained in fp32.
+    """
+    rounded = ""
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            tensor.data = tensor.data.to(dtypes.get(name, dtype))
+        if tensor.is_floating_point() and name.rpartition(".")[0] not in in_fp32:
+            narrow = tensor.data.to(dtypes.get(name, dtype))
+            if not torch.equal(narrow.float(), tensor.data):
+                rounded = str(narrow.dtype).removeprefix("torch.")
+            tensor.data = narrow
+    return rounded
+
+
+def _read_back(model: Any, folder: Path, dtype: torch.dtype) -> None:
+    """Refuse a folder that transformers does not read as the model that was written.
+
+    Raises:
+        UserError: a weight differs.
+    """
+    written = type(model).from_pretrained(folder, local_files_only=True, dtype=dtype).state_dict()
+    for name, tensor in model.state_dict().items():
+        if name not in written or not torch.equal(tensor.to(written[name].dtype), written[name]):
+            raise UserError(
+                f"transformers reads {name} of {type(model).__name__} otherwise than it writes it, so nothing was "
+                "written: write --format torch"
+            )

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
@@ -15,12 +14,13 @@ import peft
 import transformers
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import BOS, EOS, PAD
 from lightning_moevlm.data.text.tokenizer import MIN_VOCAB_SIZE, read_tokenizer, train_tokenizer
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
 from lightning_moevlm.model.backbones.adopted.export.adapter import save_adapter
 from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
-from lightning_moevlm.model.backbones.adopted.export.save import Saved, save_for_transformers
+from lightning_moevlm.model.backbones.adopted.export.save import save_for_transformers
 from lightning_moevlm.model.backbones.adopted.export.scoring import find_scoring
 from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files, write_tokenizer
 from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense
@@ -33,46 +33,10 @@ from lightning_moevlm.model.routers import (
     SinkhornRouter,
     TopKRouter,
 )
+from lightning_moevlm.model.routers.group_limit import GroupLimit
+from tests.model.backbones.adopted.export.reloading import BATCH, assert_reloads, logits, moved
 from tests.model.backbones.adopted.small_hugging_face import OLMOE, QWEN, TEXT, small_hugging_face
 from tests.model.backbones.adopted.upcycling.small_dense import small_upcycled
-from tests.small_model import pair_batch
-
-BATCH = pair_batch()
-
-
-def logits(model: HuggingFaceModel) -> Tensor:
-    images = BATCH.images_BRYX if model.images is not None else None
-    with torch.no_grad():
-        output = model.eval()(images, *BATCH[1:3])
-        return model.predict_text(output.tokens_BSD)[output.layout.valid_BS].float()
-
-
-def moved(model: HuggingFaceModel) -> HuggingFaceModel:
-    """The model with other weights, as after training; experts and choices differ then."""
-    sample = torch.Generator().manual_seed(3)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.05 * torch.randn(parameter.shape, generator=sample))
-    return model
-
-
-def assert_reloads(model: HuggingFaceModel, folder: Path, rtol: float = 1e-4, atol: float = 1e-5) -> Saved:
-    """Save a model, load it in transformers, and compare the logits of images and texts."""
-    ours = logits(model)
-    saved = save_for_transformers(model, folder)
-    auto = transformers.AutoModelForImageTextToText if saved.sees else transformers.AutoModelForCausalLM
-    loaded, report = auto.from_pretrained(folder, trust_remote_code=saved.is_own, output_loading_info=True)
-    assert not any(report[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys"))
-    assert type(loaded).__name__ == saved.model_class
-    model.model = loaded
-    torch.testing.assert_close(logits(model), ours, rtol=rtol, atol=atol)
-    return saved
-
-
-@pytest.fixture(autouse=True)
-def own_modules(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers copies files of models to a cache of the user's."""
-    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
 
 @pytest.mark.parametrize(
@@ -93,7 +57,7 @@ def test_families_with_experts_take_upcycled_models(
     saved = assert_reloads(moved(small_upcycled(family)), tmp_path)
     assert (saved.model_class, saved.text_type, saved.is_own) == (model_class, text_type, False)
     assert saved.difference <= 1e-5
-    assert not (tmp_path / "modeling_upcycled.py").exists()
+    assert not (tmp_path / "modeling_moevlm.py").exists()
 
 
 @pytest.mark.parametrize(
@@ -113,8 +77,8 @@ def test_others_get_a_small_file(family: str, options: dict[str, Any], reason: s
     saved = assert_reloads(model, tmp_path)
     assert saved.is_own
     assert saved.why_own.startswith(reason)
-    assert saved.model_type == f"upcycled_{family}"
-    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"].startswith("modeling_upcycled.")
+    assert saved.model_type == f"routed_{family}"
+    assert json.loads((tmp_path / "config.json").read_text())["auto_map"]["AutoConfig"].startswith("modeling_moevlm.")
     model = model.model
     if not saved.sees:
         ids = BATCH.text_BL
@@ -165,17 +129,9 @@ def test_adapters_are_merged(tmp_path: Path) -> None:
 
 
 def test_routers_that_transformers_has_not_are_refused(tmp_path: Path) -> None:
-    for model in (
-        small_hugging_face(OLMOE, router=partial(SigmoidBiasRouter, top_k=2)),
-        small_hugging_face(OLMOE, router=partial(SigmoidBiasRouter, top_k=2, score="softmax")),
-        small_upcycled("qwen3", router=partial(CosineRouter, top_k=2)),
-    ):
-        for layer in model.layers:
-            if isinstance(layer.router, SigmoidBiasRouter):
-                layer.router.bias_AE.copy_(torch.tensor([[0.2, -0.1, 0.0, 0.1]]))
-        with pytest.raises(UserError, match="write --format torch"):
-            save_for_transformers(model, tmp_path)
-        assert list(tmp_path.glob("*.safetensors")) == []
+    with pytest.raises(UserError, match=r"CosineRouter is no top-k of softmax.* write --format torch"):
+        save_for_transformers(small_upcycled("qwen3", router=partial(CosineRouter, top_k=2)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_scorings_are_found_by_asking() -> None:
@@ -190,23 +146,30 @@ def test_scorings_are_found_by_asking() -> None:
         "sigmoid": SigmoidBiasRouter(8, 4, 2),
         "sqrt": SigmoidBiasRouter(8, 4, 2, score="sqrt_softplus"),
         "mixed": mixed,
+        "grouped": SigmoidBiasRouter(8, 4, 2, groups=GroupLimit()),
         "sinkhorn": SinkhornRouter(8, 4),
+        "cosine": CosineRouter(8, 4, 2),
     }.items():
         scoring = find_scoring(router)
-        found[name] = None if scoring is None else (scoring.score, scoring.renormalise)
+        found[name] = None if scoring is None else (scoring.score, scoring.weight_score, scoring.renormalise)
     assert found == {
-        "top-k": ("softmax", False),
-        "renormalised": ("softmax", True),
-        "warm": ("softmax", False),
-        "noisy": ("softmax", False),  # its noise is of training alone
-        "sigmoid": ("sigmoid", True),
-        "sqrt": ("sqrt_softplus", True),
-        "mixed": None,
-        "sinkhorn": ("sigmoid", False),  # likewise its balance,
+        "top-k": ("softmax", "softmax", False),
+        "renormalised": ("softmax", "softmax", True),
+        "warm": ("softmax", "softmax", False),
+        "noisy": ("softmax", "softmax", False),  # its noise is of training alone
+        "sigmoid": ("sigmoid", "sigmoid", True),
+        "sqrt": ("sqrt_softplus", "sqrt_softplus", True),
+        "mixed": ("sigmoid", "softmax", True),
+        "grouped": ("sigmoid", "sigmoid", True),
+        "sinkhorn": ("sigmoid", "sigmoid", False),  # likewise its balance,
+        "cosine": None,
     }
     per_modality = SigmoidBiasRouter(8, 4, 2, per_modality=True)
     per_modality.bias_AE[0, 0] = 1.0
     assert find_scoring(per_modality) is None
+    alone = find_scoring(per_modality, (Modality.IMAGE,))
+    assert alone is not None and alone.bias_E is not None
+    assert torch.equal(alone.bias_E, per_modality.bias_AE[int(Modality.IMAGE)])
 
 
 def test_files_of_the_source_are_copied_without_weights(tmp_path: Path) -> None:
@@ -279,7 +242,7 @@ def test_adapters_are_saved_alone_and_peft_loads_them(options: dict[str, Any], t
     [
         ({}, "somewhere", "has no low-rank adapters"),
         ({"lora": LoRA()}, None, "this run began with random weights"),
-        ({"lora": LoRA(), "router": partial(SigmoidBiasRouter, top_k=2)}, "somewhere", "write --format torch"),
+        ({"lora": LoRA(), "router": partial(SigmoidBiasRouter, top_k=2)}, "somewhere", "write --format hf"),
     ],
 )
 def test_adapters_that_peft_cannot_load_are_refused(

@@ -1,0 +1,193 @@
+"""Adopted models with trained routers that transformers has not: a small file beside the weights computes them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
+
+import transformers
+
+from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.model.backbones import LoRA
+from lightning_moevlm.model.backbones.adopted.export.save import save_for_transformers
+from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files
+from lightning_moevlm.model.dispatch import SegmentDispatcher
+from lightning_moevlm.model.routers import CosineRouter, GroupLimitedRouter, SigmoidBiasRouter, TopKRouter
+from lightning_moevlm.model.routers.group_limit import GroupLimit
+from tests.model.backbones.adopted.export.reloading import BATCH, assert_reloads, load, logits, moved
+from tests.model.backbones.adopted.small_chat import LLAVA_CHAT, save_llava
+from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, TEXT, small_hugging_face
+
+BIAS = partial(SigmoidBiasRouter, top_k=2)
+GATE = "model.layers.0.mlp.gate"
+LOSS_FREE = partial(SigmoidBiasRouter, top_k=2, score="softmax")
+GROUPS = GroupLimit(num_groups=2, top_groups=1, experts_per_score=1)
+ERNIE: dict[str, Any] = {
+    "model_type": "ernie4_5_vl_moe",
+    "text_config": TEXT | {
+        "moe_num_experts": 4, "moe_k": 2, "moe_intermediate_size": [16, 8], "moe_num_shared_experts": 1,
+        "mlp_layer_types": ["sparse", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("config", "router", "options"),
+    [
+        (QWEN, LOSS_FREE, {}),
+        (QWEN, BIAS, {"lora": LoRA()}),
+        (ERNIE, partial(BIAS, per_modality=True), {}),  # experts of text and of images
+        (LLAVA, BIAS, {"dispatcher": SegmentDispatcher()}),
+        (OLMOE, partial(BIAS, score="sqrt_softplus", renormalise=False), {}),
+        (OLMOE, partial(BIAS, weight_score="softmax"), {}),
+        (OLMOE, partial(GroupLimitedRouter, top_k=2, groups=GROUPS), {}),
+        (DEEPSEEK, partial(BIAS, groups=GROUPS), {}),  # its own takes the sum of two scores of a group
+        (DEEPSEEK, partial(TopKRouter, top_k=2, renormalise=True), {}),  # with its factor of 2.5
+    ],
+    ids=[
+        "loss_free",
+        "lora",
+        "isolated",
+        "dispatcher",
+        "sqrt_softplus",
+        "two_scores",
+        "groups",
+        "bias_and_groups",
+        "factor",
+    ],
+)
+def test_trained_routers_are_exported(
+    config: dict[str, Any], router: Callable[..., Any], options: dict[str, Any], tmp_path: Path
+) -> None:
+    model = moved(small_hugging_face(config, router=router, **options))
+    name, model_class = type(model.layers[0].router).__name__, type(model.model).__name__
+    saved = assert_reloads(model, tmp_path / "exported", rtol=1e-5, atol=1e-6)
+    assert saved.why_own == f"{name} decides as no router of {model_class} does"
+    assert saved.model_class == f"Routed{model_class}"
+    assert saved.model_type == f"routed_{config['model_type']}"
+
+
+def test_the_own_class_is_taken_where_it_is_equal(tmp_path: Path) -> None:
+    """Of two routers one has a bias; Qwen3-VL-MoE knows none."""
+    model = moved(small_hugging_face(QWEN, router=LOSS_FREE))
+    model.layers[0].router.get_buffer("bias_AE").zero_()
+    saved = assert_reloads(model, tmp_path / "one")
+    mixtures = json.loads((tmp_path / "one" / "config.json").read_text())["mixtures"]
+    assert saved.is_own
+    assert list(mixtures) == ["model.language_model.layers.1.mlp.gate"]
+    model = moved(small_hugging_face(QWEN, router=LOSS_FREE))
+    for layer in model.layers:
+        layer.router.get_buffer("bias_AE").zero_()
+    assert not assert_reloads(model, tmp_path / "none").is_own
+    assert not (tmp_path / "none" / "modeling_moevlm.py").exists()
+
+
+@pytest.mark.parametrize(("router", "is_own"), [(BIAS, True), (partial(TopKRouter, top_k=2), False)])
+def test_narrow_models_keep_new_routers_in_fp32(router: Callable[..., Any], is_own: bool, tmp_path: Path) -> None:
+    model = moved(small_hugging_face(OLMOE, router=router, dtype="bfloat16"))
+    saved = assert_reloads(model, tmp_path / "exported", rtol=0 if is_own else 0.05, atol=0 if is_own else 0.02)
+    dtypes = {
+        name.rpartition(".")[2]: each.dtype for name, each in model.model.get_submodule(GATE).state_dict().items()
+    }
+    assert saved.is_own is is_own
+    assert model.model.dtype == torch.bfloat16
+    if is_own:
+        assert (saved.rounded, dtypes) == ("", {"weight": torch.float32, "bias": torch.float32})
+    else:
+        assert (saved.rounded, dtypes) == ("bfloat16", {"weight": torch.bfloat16})
+
+
+def test_generation_with_a_cache_gives_what_the_trained_model_gives(tmp_path: Path) -> None:
+    model = moved(small_hugging_face(OLMOE, router=BIAS))
+    saved = save_for_transformers(model, tmp_path / "exported")
+    loaded = load(tmp_path / "exported", saved)
+    ids = BATCH.text_BL
+    assert ids is not None
+    made = loaded.generate(input_ids=ids[:, :4], max_new_tokens=4, do_sample=False, eos_token_id=None)
+    assert made.shape == (4, 8)
+    for length in range(4, 8):  # without a cache, by the model that was trained
+        with torch.no_grad():
+            expected = model.model(input_ids=made[:, :length], use_cache=False).logits[:, -1].argmax(dim=-1)
+        assert torch.equal(made[:, length], expected)
+    body = transformers.AutoModel.from_pretrained(tmp_path / "exported", trust_remote_code=True)
+    with torch.no_grad():
+        features = body(input_ids=ids, use_cache=False).last_hidden_state
+        torch.testing.assert_close(loaded.lm_head(features), loaded(input_ids=ids, use_cache=False).logits)
+    assert type(body).__name__ == "RoutedOlmoeModel"
+
+
+def test_the_processor_of_a_chat_model_is_loaded_beside_it(tmp_path: Path) -> None:
+    folder = tmp_path / "exported"
+    model = moved(small_hugging_face(LLAVA_CHAT, router=BIAS))
+    saved = save_for_transformers(model, folder)
+    copy_source_files(str(save_llava(tmp_path / "source")), folder)
+    processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
+    chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
+    inputs = processor.apply_chat_template(
+        chat, tokenize=True, add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    made = load(folder, saved).generate(**inputs, max_new_tokens=3, do_sample=False)
+    assert type(processor).__name__ == "LlavaProcessor"
+    assert made.shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    ("router", "told"),
+    [
+        (partial(CosineRouter, top_k=2), "CosineRouter is no top-k of softmax, sigmoid or sqrt-softplus scores"),
+        (partial(BIAS, per_modality=True), "with one bias for all modalities, .* write --format torch, or train with"),
+    ],
+)
+def test_other_routers_are_refused(router: Callable[..., Any], told: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=told):
+        save_for_transformers(moved(small_hugging_face(QWEN, router=router)), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_router_logits_are_not_asked_for(tmp_path: Path) -> None:
+    """transformers collects them by the class of the router, and would find none."""
+    saved = save_for_transformers(small_hugging_face(OLMOE | {"output_router_logits": True}, router=BIAS), tmp_path)
+    assert load(tmp_path, saved)(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 300)
+
+
+LOADING = """
+import sys
+import torch, transformers
+sys.modules["lightning_moevlm"] = None
+model = transformers.AutoModelForImageTextToText.from_pretrained("exported", trust_remote_code=True)
+inputs = torch.load("inputs.pt", weights_only=True)
+with torch.no_grad():
+    torch.save(model(**inputs, use_cache=False).logits, "logits.pt")
+"""
+
+
+@pytest.mark.slow  # another process, which imports transformers
+def test_another_process_without_this_package_computes_the_same(tmp_path: Path) -> None:
+    model = moved(small_hugging_face(QWEN, router=LOSS_FREE))
+    save_for_transformers(model, tmp_path / "exported")
+    ids, layout, seen, _ = model._join(*BATCH[:3])
+    inputs = {"input_ids": ids, "attention_mask": layout.valid_BS.long(), **seen}
+    inputs["mm_token_type_ids"] = (ids == model.config.image_token_id).long()
+    torch.save(inputs, tmp_path / "inputs.pt")
+    environment = os.environ | {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    done = subprocess.run(
+        [sys.executable, "-c", LOADING], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=240
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "logits.pt", weights_only=True)[layout.valid_BS]
+    torch.testing.assert_close(theirs, logits(model), rtol=1e-5, atol=1e-6)
