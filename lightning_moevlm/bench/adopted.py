@@ -29,6 +29,7 @@ from lightning_moevlm.model.dispatch import (
     PaddedDispatcher,
     SegmentDispatcher,
 )
+from lightning_moevlm.model.initial_weights import defer_initialisation
 
 DType: TypeAlias = Literal["float32", "bfloat16"]
 Backend: TypeAlias = Literal["eager", "grouped_mm"]
@@ -160,9 +161,14 @@ def adopted_candidates(size: Size, device: str = "cpu", dtype: DType = "float32"
         return _candidate(named(PLAIN, backend), model, run, lambda found: found.last_hidden_state)
 
     def ours(name: str, **options: Any) -> tuple[Candidate, HuggingFaceModel]:
-        model = HuggingFaceModel(
-            config=size.config, vocab_size=size.config["vocab_size"], max_text_len=size.length, dtype=dtype, **options
-        )
+        with defer_initialisation():  # weights are given
+            model = HuggingFaceModel(
+                config=size.config,
+                vocab_size=size.config["vocab_size"],
+                max_text_len=size.length,
+                dtype=dtype,
+                **options,
+            )
         _with_weights(model.model, weights, device)
         run = partial(model.to(device).train(), None, ids_BL, mask_BL)
         return _candidate(name, model, run, lambda found: found.tokens_BSD), model
