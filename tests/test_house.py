@@ -1,5 +1,6 @@
 """Rules of the house that a tool does not check."""
 
+import re
 import tomllib
 from pathlib import Path
 
@@ -33,6 +34,17 @@ def test_mlflow_is_imported_where_it_is_used() -> None:
     for path in SOURCES:
         for line in path.read_text("utf-8").splitlines():
             assert not line.startswith(("import mlflow", "from mlflow")), f"{path}: {line}"
+
+
+def test_transformers_is_imported_where_it_is_used() -> None:
+    """It is an extra, and takes seconds; nothing is slower to start because it is installed."""
+    for path in SOURCES:
+        if path.name == "modeling_upcycled.py":  # transformers imports it, from the folder of an exported model
+            continue
+        for line in path.read_text("utf-8").splitlines():
+            assert not re.match(
+                r"(import|from) (transformers|peft|accelerate)\b|from .*modeling_upcycled import", line
+            ), f"{path}: {line}"
 
 
 def test_metric_keys_are_declared_once() -> None:
