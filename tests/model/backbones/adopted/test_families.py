@@ -20,15 +20,17 @@ from lightning_moevlm.model.backbones import adopted
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
+from lightning_moevlm.model.dispatch import LoopDispatcher
 from tests.model.backbones.adopted.families import families, tiny
 from tests.model.backbones.adopted.test_adopt import assert_equal
+from tests.model.backbones.adopted.test_dispatch import assert_near, both
 
 GUIDE = Path(adopted.__file__).with_name("README.md")
 _BEGIN, _END = "<!-- families -->\n", "<!-- end of families -->\n"
 
 pytestmark = [
     pytest.mark.timeout(1200),  # on a busy machine
-    pytest.mark.slow,  # 71 models, each forward and backward twice: a minute
+    pytest.mark.slow,  # 71 models, each forward and backward several times: a minute
     pytest.mark.skipif(transformers.__version__ != "5.23.0", reason="the table is that of the pinned version"),
 ]
 
@@ -73,3 +75,21 @@ def test_families_are_adopted_exactly_or_refused_with_a_reason() -> None:
         GUIDE.write_text(f"{before}{_BEGIN}{table}{_END}{after}", "utf-8")
     else:
         assert written == table
+
+
+def test_the_loop_gives_every_family_its_own_logits() -> None:
+    """To the bit, as transformers' eager back-end computes them; gradients to rounding."""
+    refused, count = [], 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for family in families():
+            try:
+                expected, found = both(family, LoopDispatcher())
+            except UserError as error:
+                refused += [family] if "takes no back-end" in str(error) else []
+                continue
+            assert torch.equal(found[0], expected[0]), family
+            assert_near(expected, found)
+            count += 1
+    assert refused == ["longcat_flash", "step3p7"]  # of those that are adopted
+    assert count == 64
