@@ -1,9 +1,9 @@
 """The interface of experts that a dispatcher needs; `experts.ExpertStack` has it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 Linear = Callable[[Tensor, Tensor], Tensor]
 """(rows, weight) -> rows: how a dispatcher multiplies."""
@@ -22,6 +22,10 @@ class Activation(NamedTuple):
 
 class Experts(Protocol):
     """E feed-forwards with stacked weights."""
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield the weights as they are stored; stacks may be views of them."""
+        ...
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Weight stacks, each (E, in, out)."""

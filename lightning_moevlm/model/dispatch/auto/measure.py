@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from lightning_moevlm.contracts.routing_plan import PairPlan
@@ -39,8 +39,7 @@ def measure_row(
     generator = torch.Generator().manual_seed(0)
     even = _balance_loads(plan, generator)
     values_TD = torch.randn(tokens_TD.shape, generator=generator).to(tokens_TD.dtype)
-    parameters = experts.parameters() if isinstance(experts, nn.Module) else experts.stacks()
-    wanted = [parameter for parameter in parameters if parameter.requires_grad]
+    wanted = [parameter for parameter in experts.parameters() if parameter.requires_grad]
 
     def step(dispatcher: Dispatcher) -> None:
         tokens = values_TD.detach().requires_grad_()
@@ -71,11 +70,11 @@ def _as_it_is(tensor: Tensor) -> Tensor:
 
 
 def _balance_loads(plan: PairPlan, generator: torch.Generator) -> PairPlan:
-    """Return a plan of as many kept pairs of the same tokens, each expert chosen equally often."""
-    token_N = plan.token_N[plan.kept_N]
-    expert_N = torch.randperm(token_N.shape[0], generator=generator) % plan.num_experts
-    kept_N = torch.ones_like(token_N, dtype=torch.bool)
-    weight_N = torch.full(token_N.shape, 0.5)
+    """Return a plan whose kept pairs, of the same tokens, choose each expert equally often."""
+    token_N, expert_N, kept_N = plan.token_N.clone(), plan.expert_N.clone(), plan.kept_N.clone()  # none of inference
+    num_kept = int(kept_N.sum())
+    expert_N[kept_N] = torch.randperm(num_kept, generator=generator) % plan.num_experts
+    weight_N = torch.where(kept_N, 0.5, 0.0)
     return plan._replace(token_N=token_N, expert_N=expert_N, weight_N=weight_N, chosen_N=kept_N, kept_N=kept_N)
 
 

@@ -26,6 +26,7 @@ class Case(NamedTuple):
     dim: D.
     hidden_dim: F.
     num_stacks: matrix stacks of the experts, 2 plain or 3 gated.
+    beside: a way of another package that runs the experts, too, and is measured along; empty without.
     """
 
     device: str
@@ -35,6 +36,7 @@ class Case(NamedTuple):
     dim: int
     hidden_dim: int
     num_stacks: int
+    beside: str = ""
 
     def __str__(self) -> str:
         """Describe the case."""
@@ -43,7 +45,7 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One measured case. milliseconds: forward and backward, by class name of the dispatcher."""
+    """One measured case. milliseconds: forward and backward, by name of the dispatcher."""
 
     case: Case
     milliseconds: dict[str, float]
@@ -68,8 +70,13 @@ class Table(NamedTuple):
         return next((row for row in self.rows if row.case == case), None)
 
     def nearest(self, case: Case) -> Row | None:
-        """Return the row of the same device and dtype whose shape is fewest doublings away; the first of equals."""
-        alike = [row for row in self.rows if row.case[:2] == case[:2]]
+        """Return the row of the same device and dtype whose shape is fewest doublings away; the first of equals.
+
+        Rows of ours alone serve a case with another way beside it where no row has that.
+        """
+        known = [row for row in self.rows if row.case[:2] == case[:2]]
+        alike = [row for row in known if row.case.beside == case.beside]
+        alike = alike or [row for row in known if not row.case.beside]
         return min(alike, key=lambda row: _doublings(row.case, case), default=None)
 
     def describe(self, row: Row) -> str:
@@ -126,4 +133,4 @@ def _refusal(path: Path, error: Exception) -> UserError:
 
 
 def _doublings(one: Case, other: Case) -> float:
-    return sum(abs(math.log2(a / b)) for a, b in zip(one[2:], other[2:], strict=True))
+    return sum(abs(math.log2(a / b)) for a, b in zip(one[2:7], other[2:7], strict=True))

@@ -5,6 +5,8 @@ last stack, so that any expert and any dispatcher can be used. The experts of a 
 can absorb a scale in front of it, so one of its own would add nothing to an expert.
 """
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from lightning_moevlm.model.dispatch import Experts
@@ -26,6 +28,11 @@ class SubNormedExperts:
         self._experts = experts
         self._norm = norm
         self._precision = precision
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield those of the experts and of the norm."""
+        yield from self._experts.parameters()
+        yield from self._norm.parameters()
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Return the stacks of the experts."""

@@ -2,11 +2,14 @@
 
     their block:  experts(hidden, indices, weights) -> registry -> run_by_ours -> plan -> dispatcher -> tokens
 
+AutoDispatcher measures the model's own back-end beside ours, and leaves the experts to it where it is faster.
+
 Indices and weights are those that the block gives its experts. A choice of weight 0 is not run: it is one that the
 capacity has dropped, or one that adds nothing. Experts are described by what transformers says of them to its own
 back-ends: gate or none, biases or none, which axis is the input's, a norm behind the last matrix or none.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -14,11 +17,13 @@ from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
-from lightning_moevlm.model.dispatch import Dispatcher, DispatchRecord
+from lightning_moevlm.model.dispatch import AutoDispatcher, Dispatcher, DispatchRecord, Experts
 from lightning_moevlm.model.dispatch.expert_protocol import Activation, Linear
 
 BACKEND = "lightning_moevlm"
 """Our name in the registry of transformers."""
+_IN_USE = "_experts_implementation"
+"""Where a configuration of transformers keeps the name of its back-end."""
 
 
 class StackedExperts:
@@ -26,14 +31,30 @@ class StackedExperts:
 
     Args:
         theirs: with the attributes that transformers gives experts which its back-ends can run.
+        weight_dtype: of the weights that their block gives them.
     """
 
-    def __init__(self, theirs: Any) -> None:
-        self._theirs = theirs
+    def __init__(self, theirs: Any, weight_dtype: torch.dtype = torch.float32) -> None:
+        self._theirs, self._weight_dtype = theirs, weight_dtype
         self._names = [f"{'gate_up' if theirs.has_gate else 'up'}_proj", "down_proj"]
         if theirs.has_bias:
             first, last = self._names
             self._names = [first, f"{first}_bias", f"{last}_bias", last]  # out of the hidden units last
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """Yield theirs."""
+        found: Iterator[nn.Parameter] = self._theirs.parameters()
+        return found
+
+    def run_by(self, backend: str, plan: PairPlan, hidden_TD: Tensor) -> Tensor:
+        """Run a plan that `OurDispatch` made by a back-end of transformers; returns (T, D)."""
+        from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+        eager = type(self._theirs).forward.__wrapped__  # below the choice of a back-end
+        weight_N = torch.where(plan.kept_N, plan.weight_N, 0.0).to(self._weight_dtype)
+        index_TK, weight_TK = (each_N.view(-1, plan.num_tokens).t() for each_N in (plan.expert_N, weight_N))
+        found: Tensor = ALL_EXPERTS_FUNCTIONS.get(backend, eager)(self._theirs, hidden_TD, index_TK, weight_TK)
+        return found
 
     def stacks(self) -> tuple[Tensor, ...]:
         """Return the stacks (E, in, out); gate and up are one."""
@@ -71,6 +92,22 @@ class StackedExperts:
         return hidden_NF.detach(), torch.autograd.grad(hidden_NF, (leaf,), gradient_NF)
 
 
+class TheirBackend(Dispatcher):
+    """Runs experts of transformers as it would itself.
+
+    Args:
+        backend: its name of the way, eager or one of its registry.
+    """
+
+    def __init__(self, backend: str) -> None:
+        self._backend = backend
+
+    def run_pairs(self, plan: PairPlan, tokens_TD: Tensor, experts: Experts) -> Tensor:
+        """Return (T, D) in the tokens' dtype."""
+        assert isinstance(experts, StackedExperts)
+        return experts.run_by(self._backend, plan, tokens_TD)
+
+
 class OurDispatch(DispatchRecord):
     """Runs their experts, and names the way and what became of their router.
 
@@ -84,7 +121,7 @@ class OurDispatch(DispatchRecord):
 
     def __call__(self, theirs: nn.Module, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tensor) -> Tensor:
         """Return (T, D) in the tokens' dtype."""
-        experts = StackedExperts(theirs)
+        experts = StackedExperts(theirs, weight_TK.dtype)
         plan = _plan(len(experts.stacks()[0]), hidden_TD, index_TK, weight_TK)
         return self.dispatcher.run_pairs(plan, hidden_TD, experts)
 
@@ -114,16 +151,21 @@ def take_over(model: Any, layers: dict[str, Any]) -> None:
     from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
     ALL_EXPERTS_FUNCTIONS.register(BACKEND, run_by_ours)
+    all_experts = {path: model.get_submodule(path.rpartition(".")[0]).experts for path in layers}
+    own = {path: getattr(getattr(each, "config", None), _IN_USE, None) for path, each in all_experts.items()}
     model.set_experts_implementation(BACKEND)
     for path, layer in layers.items():
-        experts = model.get_submodule(path.rpartition(".")[0]).experts
+        experts = all_experts[path]
         config = getattr(experts, "config", None)
-        if not hasattr(experts, "has_gate") or getattr(config, "_experts_implementation", None) != BACKEND:
+        if not hasattr(experts, "has_gate") or getattr(config, _IN_USE, None) != BACKEND:
             raise UserError(
                 f"model.backbone.dispatcher: {type(experts).__name__} of {type(model).__name__} takes no back-end, so "
                 "transformers alone can run it: set it to null"
             )
         experts.adopted_by = (layer,)  # in a tuple: not a part
+        dispatcher, backend = layer.dispatcher.dispatcher, own[path]
+        if isinstance(dispatcher, AutoDispatcher) and backend is not None:
+            dispatcher.consider(f"transformers, {backend}", TheirBackend(backend))
 
 
 def run_by_ours(theirs: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
