@@ -92,7 +92,7 @@ class StackedExperts:
         return hidden_NF.detach(), torch.autograd.grad(hidden_NF, (leaf,), gradient_NF)
 
 
-class TheirBackend(Dispatcher):
+class _TheirBackend(Dispatcher):
     """Runs experts of transformers as it would itself.
 
     Args:
@@ -165,7 +165,7 @@ def take_over(model: Any, layers: dict[str, Any]) -> None:
         experts.adopted_by = (layer,)  # in a tuple: not a part
         dispatcher, backend = layer.dispatcher.dispatcher, own[path]
         if isinstance(dispatcher, AutoDispatcher) and backend is not None:
-            dispatcher.consider(f"transformers, {backend}", TheirBackend(backend))
+            dispatcher.consider(f"transformers, {backend}", _TheirBackend(backend))
 
 
 def run_by_ours(theirs: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
