@@ -30,7 +30,8 @@ test-hf: $(INSTALLED) ## Run the tests of models from Hugging Face; installs the
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m "slow or not slow" tests/model/backbones/adopted tests/cli/models tests/cli/test_export_hugging_face.py tests/bench/test_adopted.py
 
-families: $(INSTALLED) ## Write the table of Hugging Face's families anew; needs the extra `hf`
+families: $(INSTALLED) ## Write the table of Hugging Face's families anew; installs the extra `hf`
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,hf]'
 	MOEVLM_WRITE_GOLDEN=1 $(BIN)/python -m pytest -m slow tests/model/backbones/adopted/test_families.py
 
 check: $(INSTALLED) ## Format, lint, types, import contracts, dependencies; changes nothing
