@@ -10,6 +10,7 @@ import inspect
 from pathlib import Path
 from typing import Any
 
+import torch
 import transformers
 from transformers import PreTrainedConfig, PreTrainedModel
 
@@ -34,6 +35,7 @@ NEEDS: dict[str, dict[str, Any]] = {
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
     "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 16}},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"]},
+    "deepseek_v4": {"mlp_layer_types": ["hash_moe", "moe"]},
     "ernie4_5_vl_moe": {
         "moe_intermediate_size": [16, 8],
         "mlp_layer_types": ["sparse", "sparse"],
@@ -72,7 +74,11 @@ def tiny(family: str) -> PreTrainedModel:
     """Return its language model with random weights, in evaluation."""
     config_class, model_class = _classes(family)
     config = config_class(**small_options(config_class) | NEEDS.get(family, {}))
-    return model_class._from_config(config).eval()
+    model = model_class._from_config(config).eval()
+    for name, table_VK in model.named_buffers():
+        if name.endswith("tid2eid"):  # experts of each token id; without weights they are all expert 0
+            table_VK.copy_((torch.arange(len(table_VK)).unsqueeze(1) + torch.arange(table_VK.shape[1])) % 4)
+    return model
 
 
 def small_options(config_class: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -152,6 +152,29 @@ def test_checkpointed_layers_record_once_and_keep_their_pass() -> None:
     assert len(others) == 2
 
 
+def test_ties_are_broken_alike_when_layers_run_again() -> None:
+    """A router whose rows are 0 ties all experts; the second run of a layer must choose as the first did."""
+
+    def prepare(model: nn.Module) -> None:
+        for name, parameter in model.named_parameters():
+            if name.endswith("mlp.gate.weight"):
+                nn.init.zeros_(parameter)
+
+    theirs, ours, current, layers = pair_of("olmoe", prepare)
+    kwargs = {"use_reentrant": False, "context_fn": current.checkpoint_contexts}
+    ours.activation_checkpointing_enable(activation_checkpointing_kwargs=kwargs)  # type: ignore[operator]
+    chosen: dict[str, list[Tensor]] = {}
+    for path in layers:
+        experts = ours.get_submodule(path.rpartition(".")[0]).experts
+        experts.register_forward_pre_hook(lambda _, args, path=path: chosen.setdefault(path, []).append(args[1]))  # type: ignore[operator]
+    plans = assert_equal(theirs, ours, current)
+    for routed, (first_TK, second_TK) in zip(plans, chosen.values(), strict=True):
+        assert isinstance(routed.plan, PairPlan)
+        assert not bool(routed.plan.logits_TE.any())
+        assert torch.equal(second_TK, first_TK)
+        assert torch.equal(routed.plan.expert_N.view(2, -1).t(), first_TK)
+
+
 def test_losses_on_plans_reach_routers_through_checkpoints() -> None:
     _, plain, plain_pass, layers = pair_of("olmoe")
     _, ours, current, others = pair_of("olmoe")
@@ -189,6 +212,23 @@ def test_isolated_experts_have_plans_of_their_modality() -> None:
         assert torch.equal(plan.chosen_loads().sum(), 2 * plan.valid_T.sum())
         assert not bool(plan.logits_TE[~is_own].any())
         assert torch.equal(torch.unique(plan.token_N), is_own.nonzero().squeeze(1))
+
+
+def test_hash_layers_choose_by_token_and_weigh_by_score() -> None:
+    """DeepSeek-V4's first layers: experts are those of the token id, and the router also takes the ids."""
+    theirs, ours, current, layers = pair_of("deepseek_v4")
+    plan, learned = (routed.plan for routed in assert_equal(theirs, ours, current))
+    assert isinstance(plan, PairPlan) and isinstance(learned, PairPlan)
+    table_VK = next(iter(layers.values())).theirs.tid2eid
+    assert torch.equal(plan.expert_N.view(2, -1).t(), table_VK[IDS.flatten()])
+    assert not torch.equal(learned.expert_N, plan.expert_N)
+    torch.testing.assert_close(plan.weight_N.view(2, -1).sum(dim=0), torch.full((20,), 1.5))
+    assert float(plan.weight_N.detach().std()) > 0
+    with torch.no_grad():
+        table_VK.add_(1).remainder_(4)
+    _, (moved, _) = run(ours, current)
+    assert isinstance(moved.plan, PairPlan)
+    assert torch.equal(moved.plan.expert_N, (plan.expert_N + 1) % 4)
 
 
 def test_scores_are_found_by_asking() -> None:

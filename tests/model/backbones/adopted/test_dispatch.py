@@ -1,6 +1,7 @@
 """Our dispatchers and our capacity for the experts of transformers."""
 
 import copy
+import inspect
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,14 @@ from torch import Tensor
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
+from transformers.integrations import moe
+
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan
 from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
+from lightning_moevlm.model.backbones.adopted.routing.our_dispatch import BACKEND, run_by_ours
 from lightning_moevlm.model.dispatch import (
     AutoDispatcher,
     ByDropRate,
@@ -233,6 +237,22 @@ def test_routers_that_are_given_back_run_by_transformers_again() -> None:
 def test_mistakes_are_explained(options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         small_hugging_face(OLMOE, **options)
+
+
+def test_back_ends_have_one_registry_which_observing_leaves_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Experts read the registry that their class was made with. A second copy of it would not know our name."""
+    interface = inspect.signature(moe.use_experts_implementation).parameters["experts_interface"].default
+    assert interface is moe.ALL_EXPERTS_FUNCTIONS
+    ours = small_hugging_face(QWEN, dispatcher=LoopDispatcher())
+    assert interface[BACKEND] is run_by_ours
+    ours(*BATCH[:3])
+    monkeypatch.delitem(moe.ExpertsInterface._global_mapping, BACKEND)
+    with pytest.raises(KeyError, match=BACKEND):  # and not another back-end without a word
+        ours(*BATCH[:3])
+    observed = small_hugging_face(QWEN)
+    observed(*BATCH[:3])
+    assert BACKEND not in interface
+    assert observed.text_config._experts_implementation != BACKEND
 
 
 def test_experts_without_back_ends_are_refused() -> None:

@@ -16,6 +16,7 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.model.objectives import NextToken
+from lightning_moevlm.model.precision import PrecisionPolicy
 from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.tracking.recordings.recording import read_recording
 from lightning_moevlm.training import VisionLanguageModule
@@ -28,10 +29,16 @@ from tests.small_model import pair_batch
 from tests.training.small_fit import Poison, fit
 
 
-def module_of(config: dict[str, Any] = QWEN, actions: Actions = Actions(), **options: Any) -> VisionLanguageModule:
+def module_of(
+    config: dict[str, Any] = QWEN,
+    actions: Actions = Actions(),
+    precision: PrecisionPolicy = PrecisionPolicy(),
+    **options: Any,
+) -> VisionLanguageModule:
     return VisionLanguageModule(
-        small_hugging_face(config, **options), NextToken, optimizer=partial(AdamW, lr=1e-2), actions=actions
-    )
+        small_hugging_face(config, **options), NextToken, optimizer=partial(AdamW, lr=1e-2), actions=actions,
+        precision=precision,
+    )  # fmt: skip
 
 
 def weights(module: VisionLanguageModule) -> torch.Tensor:
@@ -115,6 +122,23 @@ def test_the_shadow_measures_a_narrow_model() -> None:
     assert found["float32"].keys() == found["bfloat16"].keys()
     assert set(found["float32"].values()) == {0.0}
     assert all(0 < value < 1 for value in found["bfloat16"].values())
+
+
+def test_a_dtype_of_routers_reaches_ours_alone() -> None:
+    """Their routers compute in a dtype of their own, which no policy changes."""
+    found = []
+    for router, dtype in ((None, "bfloat16"), (None, "float32"), (TopKRouter, "bfloat16"), (TopKRouter, "float32")):
+        options = {} if router is None else {"router": partial(TopKRouter, top_k=2)}
+        module = module_of(OLMOE, precision=PrecisionPolicy(router=dtype), **options)  # type: ignore[arg-type]
+        if router is None and dtype == "bfloat16":
+            with pytest.raises(UserError, match="bfloat16 reaches no router of transformers"):
+                module.backbone(None, *pair_batch()[1:3])
+            continue
+        found.append(module.backbone(None, *pair_batch()[1:3]).plans[0].plan)
+    theirs, narrow, ours = found
+    torch.testing.assert_close(ours.logits_TE, theirs.logits_TE)
+    assert not torch.equal(narrow.logits_TE, ours.logits_TE)
+    torch.testing.assert_close(narrow.logits_TE, ours.logits_TE, rtol=0, atol=2e-2)
 
 
 def test_actions_on_their_parts_are_refused_where_they_cannot_act() -> None:
