@@ -8,6 +8,7 @@ import pytest
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
+import torch
 import transformers
 
 from lightning_moevlm.cli.main import main
@@ -43,6 +44,30 @@ def test_an_upcycled_run_is_exported_for_transformers(
     assert len(ours.layers) == 2
     assert main(["export", str(checkpoint), "--format", "hf", "--out", "exported"]) == 2  # needs --force
     assert "--force true to replace it" in capfd.readouterr().err
+
+
+def test_a_run_with_loss_free_balancing_is_exported_with_its_routers(
+    moevlm: Callable[..., str], workplace: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", str(workplace / "modules"))
+    router = "{class_path: SigmoidBiasRouter, init_args: {top_k: 2, score: softmax}}"
+    moevlm(*FIT[:2], "conf/hugging_face/qwen3_vl_moe.yaml", *FIT[3:], f"--model.backbone.router={router}")
+    (checkpoint,) = workplace.glob("runs/**/last.ckpt")
+    for options in ((), ("--force", "true")):
+        assert main(["export", str(checkpoint), "--format", "hf", "--out", "exported", *options]) == 0
+    told = capfd.readouterr().out.splitlines()
+    name = "Qwen3VLMoeForConditionalGeneration"
+    assert told[0].startswith(f"wrote exported: Routed{name} (")
+    assert told[2] == (
+        f"SigmoidBiasRouter decides as no router of {name} does: the class is in modeling_moevlm.py beside the weights"
+    )
+    assert "--model huggingface --model_args pretrained=exported,trust_remote_code=True --tasks mme" in told[6]
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained("exported", trust_remote_code=True)
+    ours = load_module(checkpoint).backbone
+    assert isinstance(ours, HuggingFaceModel)
+    for layer in ours.layers:
+        bias_E = loaded.get_submodule(layer.path.removeprefix("model.")).bias
+        assert torch.equal(bias_E, layer.router.get_buffer("bias_AE")[0]) and bool(bias_E.any())
 
 
 def test_other_backbones_are_refused(moevlm: Callable[..., str], workplace: Path) -> None:

@@ -117,7 +117,16 @@ def takes(function: Any, name: str) -> bool:
 
 def _read_config(transformers: Any, origin: Origin) -> Any:
     if origin.path is not None:
-        return transformers.AutoConfig.from_pretrained(origin.path, local_files_only=origin.local_files_only)
+        where = {"local_files_only": origin.local_files_only}
+        options, _ = transformers.PreTrainedConfig.get_config_dict(origin.path, **where)
+        model_type = options.get("model_type")
+        if "auto_map" in options and model_type not in transformers.CONFIG_MAPPING:
+            raise UserError(
+                f"the path {origin.path} is of the model_type {model_type}, whose code lies beside its weights and is "
+                "not run: name a model of transformers itself; a run of yours that was exported goes on from its "
+                "checkpoint, model.init_from"
+            )
+        return transformers.AutoConfig.from_pretrained(origin.path, trust_remote_code=False, **where)
     assert origin.config is not None
     options = dict(origin.config)
     if "model_type" not in options:

@@ -152,3 +152,8 @@ def test_their_own_bias_is_moved_which_transformers_leaves_alone() -> None:
 def test_routers_that_do_not_fit_are_refused(router: Callable[..., Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         small_hugging_face(router=router)
+
+
+def test_families_whose_blocks_take_more_than_routers_of_ours_give_are_refused() -> None:
+    with pytest.raises(UserError, match="InklingMoE takes 4 results of its router"):
+        adopt(tiny("inkling"), CurrentPass(), partial(TopKRouter, top_k=2))

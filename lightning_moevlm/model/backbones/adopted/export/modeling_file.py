@@ -4,7 +4,6 @@ The file lies beside the weights. `trust_remote_code=True` lets transformers loa
 """
 
 import dataclasses
-import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -120,10 +119,7 @@ def _write(own: str, body: str, folder: Path) -> ModuleType:
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / FILE
     path.write_text(text, "utf-8")
-    name = f"{_SOURCE.stem}_{own}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[name] = module  # transformers looks classes up by their module
-    spec.loader.exec_module(module)
+    module = ModuleType(f"{_SOURCE.stem}_{own}")
+    sys.modules[module.__name__] = module  # transformers looks classes up by their module
+    exec(compile(text, path, "exec"), module.__dict__)  # an import would leave bytecode in the folder
     return module

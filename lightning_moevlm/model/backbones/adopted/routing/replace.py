@@ -19,6 +19,7 @@ from lightning_moevlm.model.routers import Router
 
 _NUM_TRIALS = 64
 _CLOSE = 1e-4
+_NUM_RESULTS = 3
 
 
 class Replacement(NamedTuple):
@@ -37,7 +38,7 @@ def replace_router(theirs: nn.Module, seam: Seam, block: nn.Module, make: Callab
     """Return one of ours in place of theirs; `carry` gives it their weights.
 
     Raises:
-        UserError: a router that makes no plan of pairs, or reads more than tokens.
+        UserError: a router that makes no plan of pairs, or reads more than tokens, or a block that takes more of it.
     """
     gate = seam.gate
     with defer_initialisation():
@@ -58,11 +59,16 @@ def replace_router(theirs: nn.Module, seam: Seam, block: nn.Module, make: Callab
     tokens_TD = torch.randn(_NUM_TRIALS, gate.dim, generator=sample, device="cpu")
     for bias in biases_of(trial, gate.num_experts):
         bias.data.copy_(torch.randn(bias.shape, generator=sample, device="cpu") / 10)
+    answer = ask(trial, block, tokens_TD)
+    assert not isinstance(answer, str), "it was asked before"
+    if len(answer) > _NUM_RESULTS:
+        raise UserError(
+            f"{type(block).__name__} takes {len(answer)} results of its router, and a router of ours gives logits, "
+            "weights and experts: set model.backbone.router to null, or choose another family"
+        )
     carries = carry(trial, twin)
     factor = 1.0
-    answer = ask(trial, block, tokens_TD) if carries else None
-    if answer is not None:
-        assert not isinstance(answer, str), "it was asked before"
+    if carries:
         factor_or_none = compare(twin, tokens_TD, answer[gate.indices], answer[gate.weights])
         carries, factor = factor_or_none is not None, factor_or_none or 1.0
     if not carries and gate.sum is not None:

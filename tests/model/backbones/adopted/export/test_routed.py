@@ -11,13 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
 import transformers
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.model.backbones import LoRA
+from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
 from lightning_moevlm.model.backbones.adopted.export.save import save_for_transformers
 from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files
 from lightning_moevlm.model.dispatch import SegmentDispatcher
@@ -111,6 +112,16 @@ def test_narrow_models_keep_new_routers_in_fp32(router: Callable[..., Any], is_o
         assert (saved.rounded, dtypes) == ("bfloat16", {"weight": torch.bfloat16})
 
 
+def test_their_own_biases_of_narrow_models_keep_their_dtype(tmp_path: Path) -> None:
+    model = small_hugging_face(DEEPSEEK, dtype="bfloat16")
+    (layer,) = model.layers
+    theirs: Any = layer.router.get_submodule("theirs")
+    theirs.e_score_correction_bias = torch.tensor([0.3001, 0.1, 0.2, 0.7003])
+    assert assert_reloads(model, tmp_path, rtol=0, atol=0).rounded == ""
+    written = load_file(tmp_path / "model.safetensors")["model.layers.1.mlp.gate.e_score_correction_bias"]
+    assert torch.equal(written, torch.tensor([0.3001, 0.1, 0.2, 0.7003]))
+
+
 def test_generation_with_a_cache_gives_what_the_trained_model_gives(tmp_path: Path) -> None:
     model = moved(small_hugging_face(OLMOE, router=BIAS))
     saved = save_for_transformers(model, tmp_path / "exported")
@@ -163,6 +174,25 @@ def test_router_logits_are_not_asked_for(tmp_path: Path) -> None:
     """transformers collects them by the class of the router, and would find none."""
     saved = save_for_transformers(small_hugging_face(OLMOE | {"output_router_logits": True}, router=BIAS), tmp_path)
     assert load(tmp_path, saved)(input_ids=torch.tensor([[5, 6]])).logits.shape == (1, 2, 300)
+
+
+def test_the_folder_holds_no_bytecode_and_is_no_checkpoint_to_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    save_for_transformers(small_hugging_face(OLMOE, router=BIAS), tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == [
+        "config.json", "generation_config.json", "model.safetensors", "modeling_moevlm.py",
+    ]  # fmt: skip
+    with pytest.raises(UserError, match=r"of the model_type routed_olmoe, whose code .* is not run"):
+        HuggingFaceModel(path=str(tmp_path))
+
+
+def test_weights_that_are_read_otherwise_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = moved(small_hugging_face(OLMOE)).model
+    monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", lambda *_, **__: other)
+    with pytest.raises(UserError, match=r"reads model\.embed_tokens\.weight of OlmoeForCausalLM otherwise"):
+        save_for_transformers(small_hugging_face(OLMOE, router=partial(TopKRouter, top_k=2)), tmp_path)
 
 
 LOADING = """

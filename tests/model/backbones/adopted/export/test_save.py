@@ -207,8 +207,9 @@ def test_a_capacity_in_evaluation_is_refused(tmp_path: Path) -> None:
         {"lora": LoRA(rank=2)},
         {"lora": LoRA(rank=2, train_experts=True), "router": partial(TopKRouter, top_k=2)},
         {"lora": LoRA(rank=2, train_routers=False), "dtype": "bfloat16"},
+        {"lora": LoRA(rank=2), "router": partial(TopKRouter, top_k=2), "dtype": "bfloat16"},
     ],
-    ids=["routers", "experts", "adapters_alone"],
+    ids=["routers", "experts", "adapters_alone", "narrow"],
 )
 def test_adapters_are_saved_alone_and_peft_loads_them(options: dict[str, Any], tmp_path: Path) -> None:
     source = small_hugging_face(OLMOE)
@@ -221,7 +222,7 @@ def test_adapters_are_saved_alone_and_peft_loads_them(options: dict[str, Any], t
             if parameter.requires_grad:
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=sample))
     ours = logits(model)
-    folder = tmp_path / "adapter"
+    folder, lora = tmp_path / "adapter", options["lora"]
     folder.mkdir()
     saved = save_adapter(model, str(tmp_path / "source"), folder)
     base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "source", dtype=options.get("dtype"))
@@ -233,7 +234,7 @@ def test_adapters_are_saved_alone_and_peft_loads_them(options: dict[str, Any], t
     torch.testing.assert_close(logits(loaded), ours, rtol=tolerance, atol=tolerance)
     assert saved.num_adapters == 2 * 4
     assert {module.rpartition(".")[2] for module in saved.modules} == (
-        {"gate", "experts"} if "router" in options else set() if "dtype" in options else {"gate"}
+        {name for name, is_trained in (("gate", lora.train_routers), ("experts", lora.train_experts)) if is_trained}
     )
 
 
