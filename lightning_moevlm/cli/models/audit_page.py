@@ -2,16 +2,14 @@
 
 import time
 from collections.abc import Sequence
-from importlib.metadata import version
 
 from lightning_moevlm.model.backbones.adopted.audit.records import Audit, OwnBalance, RouterFacts, Setting
-from lightning_moevlm.study.report.render import render
+from lightning_moevlm.study.report.render import list_versions, render
 from lightning_moevlm.study.report.result_records import to_json
 from lightning_moevlm.study.report.tables.table import NOTHING, Table, format_count, format_percent
 
 _CLOSE = 0.02
 """Relative difference of a ratio to 1 that counts as none."""
-_PACKAGES = ("lightning-moevlm", "torch", "transformers")
 _SHOWN = 8
 
 
@@ -37,7 +35,7 @@ def make_tables(audit: Audit) -> list[Table]:
 
 def render_page(audit: Audit, name: str, finding: Sequence[str], tables: Sequence[Table], sample: str) -> str:
     """Return the page."""
-    versions = ", ".join(f"{package} {version(package)}" for package in _PACKAGES)
+    versions = list_versions("torch", "transformers")
     written = time.strftime("%Y-%m-%d %H:%M")
     size = format_count(audit.num_parameters)
     return render(

@@ -3,7 +3,6 @@
 import json
 import shutil
 import time
-from importlib.metadata import version
 from pathlib import Path
 
 from lightning_moevlm.study.matrix.figure import draw_dark, draw_matrix
@@ -13,7 +12,7 @@ from lightning_moevlm.study.matrix.tables import advice_table, all_tables, share
 from lightning_moevlm.study.matrix.texts import describe_fresh, describe_missing, describe_rows, describe_whole
 from lightning_moevlm.study.report.make_report import PACKAGES
 from lightning_moevlm.study.report.mlflow_summary import log_to_summary
-from lightning_moevlm.study.report.render import render
+from lightning_moevlm.study.report.render import list_versions, render
 from lightning_moevlm.study.report.result_records import to_json
 from lightning_moevlm.study.run.mlflow_runs import StudyRuns
 
@@ -35,7 +34,7 @@ def write_matrix(matrix: Matrix, folder: Path) -> Path:
         "surprises": describe_surprises(matrix),
         "missing": describe_missing(matrix),
         "written": time.strftime("%Y-%m-%d %H:%M"),
-        "versions": ", ".join(f"{name} {version(name)}" for name in PACKAGES),
+        "versions": list_versions(*PACKAGES),
     }
     drawn = share_table(matrix).title  # the page folds it below the figure
     (beside / f"{figure.name}.png").write_bytes(figure.png)

@@ -4,7 +4,6 @@ import shlex
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 
 from rich.console import Console
 
@@ -12,6 +11,7 @@ from lightning_moevlm.common.flat_config import flatten_values
 from lightning_moevlm.study.compare.results import ArmResult, StudyResult
 from lightning_moevlm.study.plan.planned_run import Plan
 from lightning_moevlm.study.report.figures import ReportFigure, draw_all
+from lightning_moevlm.study.report.render import list_versions
 from lightning_moevlm.study.report.sentences import (
     count_verdicts,
     describe_answer,
@@ -24,7 +24,7 @@ from lightning_moevlm.study.report.tables.report_tables import report_tables
 from lightning_moevlm.study.report.tables.table import Table, format_changes
 from lightning_moevlm.study.report.terminal import print_tables
 
-PACKAGES = ("lightning-moevlm", "torch", "lightning", "mlflow")
+PACKAGES = ("torch", "lightning", "mlflow")
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Report:
 
 def make_report(origin: Origin, result: StudyResult) -> Report:
     """Compute all sentences, tables and figures."""
-    packages = ", ".join(f"{name} {version(name)}" for name in PACKAGES)
+    packages = list_versions(*PACKAGES)
     return Report(
         result=result,
         count=count_verdicts(result),

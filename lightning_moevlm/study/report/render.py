@@ -2,15 +2,22 @@
 
 import base64
 import re
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lightning_moevlm import __version__
 from lightning_moevlm.study.report.tables.table import find_verdict
 
 if TYPE_CHECKING:
     from markupsafe import Markup
 
 _TEMPLATES = Path(__file__).parent / "templates"
+
+
+def list_versions(*packages: str) -> str:
+    """Return "lightning-moevlm 0.1.0, ..." with the installed packages; the project itself may be a mere checkout."""
+    return ", ".join([f"lightning-moevlm {__version__}", *(f"{name} {version(name)}" for name in packages)])
 
 
 def render(template: str, **values: object) -> str:

@@ -17,7 +17,9 @@ from typing import Any
 
 import pytest
 
+from lightning_moevlm import __version__
 from lightning_moevlm.study.compare.results import StudyResult
+from lightning_moevlm.study.report import render as render_module
 from lightning_moevlm.study.report.make_report import Report, describe_origin, make_report
 from lightning_moevlm.study.report.write_report import write_report
 from lightning_moevlm.tracking.read.series import Series
@@ -188,3 +190,9 @@ def test_page_in_a_browser(address: str, scheme: str, tmp_path: Path, report: Re
         assert frame["landmarks"] == [1, 1, 1, 1]
         assert (frame["bare"], frame["unlike"], frame["scripts"]) == (0, 0, 0)
         assert frame["focused"] >= 2
+
+
+def test_a_page_of_a_mere_checkout_names_its_version(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = {"torch": "2.13.0"}
+    monkeypatch.setattr(render_module, "version", found.__getitem__)
+    assert render_module.list_versions("torch") == f"lightning-moevlm {__version__}, torch 2.13.0"

@@ -14,6 +14,7 @@ from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.dispatch import AutoDispatcher, LoopDispatcher
 from lightning_moevlm.model.dispatch.auto import auto as auto_module
 from lightning_moevlm.model.dispatch.auto import own_table
+from lightning_moevlm.model.dispatch.auto.auto import _rule
 from lightning_moevlm.model.dispatch.auto.measure import measure_products, measure_row
 from lightning_moevlm.model.dispatch.auto.own_table import GIVEN, measure_once, measure_products_once, own_file
 from lightning_moevlm.model.dispatch.auto.timings_table import (
@@ -133,6 +134,14 @@ def test_without_a_measurement_a_rule_decides(tmp_path: Path) -> None:
     auto = AutoDispatcher(table(tmp_path / "t.json", (case(device="cuda"), FAST), (case(dtype="bfloat16"), FAST)))
     name, why = chosen(auto)
     assert name == "SegmentDispatcher" and "no measurement for cpu in float32" in why
+
+
+def test_on_a_gpu_the_rule_is_what_was_faster_where_it_was_measured() -> None:
+    theirs, able = "transformers, grouped_mm", ["SegmentDispatcher", "GroupedDispatcher", "PaddedDispatcher"]
+    ours = _rule(case(device="cuda"), able)
+    assert (ours.at(1.0), ours.at(2.0)) == ("PaddedDispatcher", "GroupedDispatcher")
+    assert _rule(case(device="cuda")._replace(beside=theirs), [*able, theirs]).at(1.0) == theirs
+    assert _rule(case()._replace(beside=theirs), [*able, theirs]).at(1.0) == "SegmentDispatcher"
 
 
 def test_a_case_is_measured_once_per_machine(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
