@@ -85,9 +85,9 @@ def peak_mib(step: Callable[[], object], release: Callable[[], None], device: st
     release()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
+        before = torch.cuda.memory_stats()["requested_bytes.all.current"]  # the allocator rounds up, differently
         step()
-        return (torch.cuda.max_memory_allocated() - before) / 2**20
+        return (torch.cuda.memory_stats()["requested_bytes.all.peak"] - before) / 2**20
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as trace:
         step()
     assert trace.profiler is not None and trace.profiler.kineto_results is not None
