@@ -31,9 +31,9 @@ INTERFACES = {
     "model/backbones/adopted/routing/_adopted_moe.py": {
         "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig"
     },
+    "model/backbones/adopted/routing/_their_backend.py": {"_apply_gate": "transformers.integrations.moe"},
     "model/backbones/adopted/routing/our_dispatch.py": {
-        "_apply_gate": "transformers.integrations.moe",
-        "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig",
+        "_experts_implementation": "transformers.configuration_utils:PreTrainedConfig"
     },
     "model/backbones/adopted/routing/adopt.py": dict.fromkeys(
         ("_device_mesh", "_tp_size"), "transformers.modeling_utils:PreTrainedModel"

@@ -20,8 +20,6 @@ from lightning_moevlm.model.dispatch import AutoDispatcher, Dispatcher, Dispatch
 
 BACKEND = "lightning_moevlm"
 """Our name in the registry of transformers."""
-_IN_USE = "_experts_implementation"
-"""Where a configuration of transformers keeps the name of its back-end."""
 
 
 class OurDispatch(DispatchRecord):
@@ -68,12 +66,11 @@ def take_over(model: Any, layers: dict[str, Any]) -> None:
 
     ALL_EXPERTS_FUNCTIONS.register(BACKEND, run_by_ours)
     all_experts = {path: model.get_submodule(path.rpartition(".")[0]).experts for path in layers}
-    own = {path: getattr(getattr(each, "config", None), _IN_USE, None) for path, each in all_experts.items()}
+    own = {path: _backend_of(each) for path, each in all_experts.items()}
     model.set_experts_implementation(BACKEND)
     for path, layer in layers.items():
         experts = all_experts[path]
-        config = getattr(experts, "config", None)
-        if not hasattr(experts, "has_gate") or getattr(config, _IN_USE, None) != BACKEND:
+        if not hasattr(experts, "has_gate") or _backend_of(experts) != BACKEND:
             raise UserError(
                 f"model.backbone.dispatcher: {type(experts).__name__} of {type(model).__name__} takes no back-end, so "
                 "transformers alone can run it: set it to null"
@@ -82,6 +79,11 @@ def take_over(model: Any, layers: dict[str, Any]) -> None:
         dispatcher, backend = layer.dispatcher.dispatcher, own[path]
         if isinstance(dispatcher, AutoDispatcher) and backend is not None:
             dispatcher.consider(f"transformers, {backend}", TheirBackend(backend))
+
+
+def _backend_of(experts: nn.Module) -> str | None:
+    """Return the name that the configuration of experts keeps."""
+    return getattr(getattr(experts, "config", None), "_experts_implementation", None)
 
 
 def run_by_ours(theirs: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
