@@ -18,6 +18,7 @@ def export_adapter(run: "LoadedRun", target: Path) -> None:
     Raises:
         UserError: another backbone, or adapters that peft cannot load.
     """
+    from lightning_moevlm.cli.models.export_sample import draw_chats
     from lightning_moevlm.model.backbones import HuggingFaceModel
     from lightning_moevlm.model.backbones.adopted.export.adapter import save_adapter
 
@@ -28,8 +29,9 @@ def export_adapter(run: "LoadedRun", target: Path) -> None:
             f"{type(backbone).__name__}: leave --format out"
         )
     path = run.resolved["model"]["backbone"]["init_args"]["path"]
+    chats = draw_chats(run.resolved, backbone.images is not None)
     with write_folder(target) as unfinished:
-        saved = save_adapter(backbone, path, unfinished)
+        saved = save_adapter(backbone, path, unfinished, chats)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))
     whole = f", and {len(saved.modules)} routers or experts whole" if saved.modules else ""
     lines = (

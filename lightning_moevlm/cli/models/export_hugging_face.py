@@ -38,6 +38,7 @@ def export_hugging_face(run: "LoadedRun", target: Path, tokenizer: Callable[[], 
     Raises:
         UserError: another backbone, or a model that transformers cannot compute.
     """
+    from lightning_moevlm.cli.models.export_sample import draw_chats
     from lightning_moevlm.model.backbones import HuggingFaceModel
     from lightning_moevlm.model.backbones.adopted.export.save import save_for_transformers
 
@@ -50,8 +51,9 @@ def export_hugging_face(run: "LoadedRun", target: Path, tokenizer: Callable[[], 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
+    chats = draw_chats(run.resolved, backbone.images is not None)
     with write_folder(target) as unfinished:
-        saved = save_for_transformers(backbone, unfinished)
+        saved = save_for_transformers(backbone, unfinished, chats)
         files = _add_files(run.resolved, unfinished, tokenizer)
         commands = _evaluators(saved, target, unfinished)
     size = sum(file.stat().st_size for file in target.glob("*.safetensors"))

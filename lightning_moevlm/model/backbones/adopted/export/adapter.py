@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import JoinedChats
 from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
 from lightning_moevlm.model.backbones.adopted.export.save import CLOSE, compute_logits, refuse_limit
 from lightning_moevlm.model.backbones.adopted.hugging_face import HuggingFaceModel
@@ -39,13 +40,16 @@ class SavedAdapter(NamedTuple):
 
 
 @torch.no_grad()
-def save_adapter(backbone: HuggingFaceModel, path: str | None, folder: Path) -> SavedAdapter:
+def save_adapter(
+    backbone: HuggingFaceModel, path: str | None, folder: Path, chats: JoinedChats | None = None
+) -> SavedAdapter:
     """Write adapters to a folder; the backbone is used up.
 
     Args:
         backbone: trained with `lora`.
         path: of the checkpoint that they belong to.
         folder: that exists.
+        chats: conversations that the result is compared on; None takes random images and token ids.
 
     Raises:
         UserError: no adapters, no checkpoint, routers that transformers cannot compute, or other logits.
@@ -86,12 +90,12 @@ def save_adapter(backbone: HuggingFaceModel, path: str | None, folder: Path) -> 
     config.save_pretrained(folder)
     save_file(state, folder / _WEIGHTS, {"format": "pt"})
     dtype = model.dtype  # of the checkpoint in training, whose rounding the adapters were trained on
-    ours = compute_logits(backbone.float())
+    ours = compute_logits(backbone.float(), chats)
     sees = hasattr(model.config, "vision_config")
     auto_class = "AutoModelForImageTextToText" if sees else "AutoModelForCausalLM"
     base = getattr(transformers, auto_class).from_pretrained(path, local_files_only=True, dtype=dtype)
     backbone.model = peft.PeftModel.from_pretrained(base, folder).get_base_model().eval().float()
-    difference, scale = float((compute_logits(backbone) - ours).abs().max()), float(ours.abs().max())
+    difference, scale = float((compute_logits(backbone, chats) - ours).abs().max()), float(ours.abs().max())
     if not difference <= CLOSE * scale:
         raise UserError(
             f"peft computes other logits than the trained model ({difference:.2g} of {scale:.2g}), so nothing was "

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from lightning_moevlm.common.errors import UserError
+from lightning_moevlm.contracts.batch import JoinedChats
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.special_tokens import SPECIAL_TOKENS
 from lightning_moevlm.model.backbones.adopted.export.give_back import find_own_routers, merge_adapters, put_back
@@ -57,8 +58,13 @@ class Saved(NamedTuple):
 
 
 @torch.no_grad()
-def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
+def save_for_transformers(backbone: HuggingFaceModel, folder: Path, chats: JoinedChats | None = None) -> Saved:
     """Write weights and configuration to a folder; the backbone is used up.
+
+    Args:
+        backbone: the trained model.
+        folder: that need not exist.
+        chats: conversations that the result is compared on; None takes random images and token ids.
 
     Raises:
         UserError: routers that transformers cannot compute, or a model that computes or reads something else.
@@ -68,10 +74,10 @@ def save_for_transformers(backbone: HuggingFaceModel, folder: Path) -> Saved:
     num_adapters = merge_adapters(backbone.model)
     dtype, dtypes = backbone.model.dtype, _dtypes(backbone.model)
     backbone.float()
-    ours = compute_logits(backbone)
-    model, why_own, in_fp32 = _convert(backbone, folder)
+    ours = compute_logits(backbone, chats)
+    model, why_own, in_fp32 = _convert(backbone, folder, chats)
     backbone.model = model
-    difference, scale = float((compute_logits(backbone) - ours).abs().max()), float(ours.abs().max())
+    difference, scale = float((compute_logits(backbone, chats) - ours).abs().max()), float(ours.abs().max())
     if not difference <= CLOSE * scale:
         raise UserError(
             f"{type(model).__name__} of transformers computes other logits than the trained model ({difference:.2g} of "
@@ -112,7 +118,7 @@ class _Found(NamedTuple):
     in_fp32: tuple[str, ...] = ()
 
 
-def _convert(backbone: HuggingFaceModel, folder: Path) -> _Found:
+def _convert(backbone: HuggingFaceModel, folder: Path, chats: JoinedChats | None) -> _Found:
     """Return the model in transformers.
 
     Raises:
@@ -129,8 +135,8 @@ def _convert(backbone: HuggingFaceModel, folder: Path) -> _Found:
     if upcycled:
         found = as_moe_class(model, upcycled, scorings)
         if not isinstance(found, str):
-            ours, backbone.model = compute_logits(backbone), found
-            theirs = compute_logits(backbone)
+            ours, backbone.model = compute_logits(backbone, chats), found
+            theirs = compute_logits(backbone, chats)
             backbone.model = model
             if float((theirs - ours).abs().max()) <= CLOSE * float(ours.abs().max()):
                 return _Found(found)
@@ -153,8 +159,10 @@ def _find_scoring(layer: AdoptedMoE | UpcycledMoE) -> Scoring:
     return scoring
 
 
-def compute_logits(backbone: HuggingFaceModel) -> Tensor:
-    """Return the logits of random samples, with images if the model sees them."""
+def compute_logits(backbone: HuggingFaceModel, chats: JoinedChats | None) -> Tensor:
+    """Return the logits of conversations, or of random samples, with images if the model sees them."""
+    if chats is not None:
+        return backbone.predict_text(backbone.read_chats(chats).tokens_BSD[chats.valid_BS])
     sample = torch.Generator("cpu").manual_seed(0)
     spec, device = backbone.spec, backbone.text_embedding_VD.device
     shape = (_NUM_SAMPLES, min(spec.max_text_len, 16))

@@ -17,16 +17,23 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 
 import transformers
 
+from lightning_moevlm.cli.models.export_sample import draw_chats
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
+from lightning_moevlm.model.backbones.adopted.export.modeling_file import as_own_class
 from lightning_moevlm.model.backbones.adopted.export.save import save_for_transformers
+from lightning_moevlm.model.backbones.adopted.export.scoring import find_scoring
 from lightning_moevlm.model.backbones.adopted.export.source_files import copy_source_files
+from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
+from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.dispatch import SegmentDispatcher
 from lightning_moevlm.model.routers import CosineRouter, GroupLimitedRouter, SigmoidBiasRouter, TopKRouter
 from lightning_moevlm.model.routers.group_limit import GroupLimit
 from tests.model.backbones.adopted.export.reloading import BATCH, assert_reloads, load, logits, moved
+from tests.model.backbones.adopted.families import families, tiny
 from tests.model.backbones.adopted.small_chat import LLAVA_CHAT, save_llava
 from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, TEXT, small_hugging_face
+from tests.model.backbones.adopted.test_adopt import run
 
 BIAS = partial(SigmoidBiasRouter, top_k=2)
 GATE = "model.layers.0.mlp.gate"
@@ -141,11 +148,16 @@ def test_generation_with_a_cache_gives_what_the_trained_model_gives(tmp_path: Pa
     assert type(body).__name__ == "RoutedOlmoeModel"
 
 
-def test_the_processor_of_a_chat_model_is_loaded_beside_it(tmp_path: Path) -> None:
-    folder = tmp_path / "exported"
+def test_a_chat_model_is_compared_on_conversations_and_loaded_with_its_processor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, source = tmp_path / "exported", str(save_llava(tmp_path / "source"))
     model = moved(small_hugging_face(LLAVA_CHAT, router=BIAS))
-    saved = save_for_transformers(model, folder)
-    copy_source_files(str(save_llava(tmp_path / "source")), folder)
+    chats = draw_chats({"data": {"chat": {"processor": source}}}, sees=True)
+    assert chats is not None and chats.images["pixel_values"].shape == (2, 3, 16, 16)
+    monkeypatch.setattr(HuggingFaceModel, "forward", None)  # images of one size, which not all vision towers take
+    saved = save_for_transformers(model, folder, chats)
+    copy_source_files(source, folder)
     processor = transformers.AutoProcessor.from_pretrained(folder, trust_remote_code=True)
     image = torch.randint(0, 256, (3, 20, 24), dtype=torch.uint8)
     chat = [{"role": "user", "content": [{"type": "image", "image": image}, {"type": "text", "text": "What?"}]}]
@@ -193,6 +205,34 @@ def test_weights_that_are_read_otherwise_are_refused(tmp_path: Path, monkeypatch
     monkeypatch.setattr(transformers.OlmoeForCausalLM, "from_pretrained", lambda *_, **__: other)
     with pytest.raises(UserError, match=r"reads model\.embed_tokens\.weight of OlmoeForCausalLM otherwise"):
         save_for_transformers(small_hugging_face(OLMOE, router=partial(TopKRouter, top_k=2)), tmp_path)
+
+
+@pytest.mark.slow  # half a minute
+def test_every_family_of_language_models_takes_them(tmp_path: Path) -> None:
+    """Those that are tiny with a head, and whose routers ours can replace."""
+    found = []
+    for family in families():
+        model, current = tiny(family), CurrentPass()
+        try:
+            layers = adopt(model, current, BIAS)
+        except UserError:
+            continue
+        if not type(model).__name__.endswith("ForCausalLM"):
+            continue
+        sample = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for layer in layers.values():
+                for tensor in (*layer.router.parameters(), *layer.router.buffers()):
+                    tensor.copy_(torch.randn(tensor.shape, generator=sample))
+        expected, _ = run(model.eval(), current)
+        scorings = {path: find_scoring(layer.router) for path, layer in layers.items()}
+        assert all(scorings.values())
+        written = as_own_class(model, layers, scorings, tmp_path / family)  # type: ignore[arg-type]
+        written.save_pretrained(tmp_path / family)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / family, trust_remote_code=True)
+        torch.testing.assert_close(run(loaded)[0], expected, rtol=1e-5, atol=1e-6)
+        found.append(family)
+    assert len(found) >= 50
 
 
 LOADING = """
