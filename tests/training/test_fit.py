@@ -54,6 +54,7 @@ def test_steps_are_logged_and_kept(trained: Path) -> None:
         "throughput/samples_per_second",
         "throughput/tokens_per_second",
         "throughput/cpu_seconds_per_step",
+        "throughput/data_wait",
         "val/accuracy_pair_text",
         "val/majority_text",
         "model/active_flops_per_sample",

@@ -13,6 +13,7 @@ An iteration without a batch does not count as an epoch. A state saved after an 
 epoch.
 """
 
+import time
 import warnings
 from collections import Counter
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -98,6 +99,7 @@ class ShardLoader:
         self.samples = [0] * len(reader.sources)
         self.num_texts, self.num_cut = [0] * len(reader.sources), [0] * len(reader.sources)
         self.lost: Counter[Cause] = Counter()
+        self.waited_seconds = 0.0  # of this process for batches, decoding that it does itself included
 
     @property
     def source_names(self) -> tuple[str, ...]:
@@ -135,7 +137,8 @@ class ShardLoader:
         # collector finds are not asked to end, since their queues go first, and each is waited for 5 s
         with closing(self._read(self._cursor)) as arriving:
             staged = arriving if self._stage is None else self._stage(arriving, self._cursor)
-            for delivery in look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged:
+            ahead = look_ahead(staged, self._cursor.batch, self._per_step) if self._per_step > 1 else staged
+            for delivery in self._clock(iter(ahead)):
                 if isinstance(delivery, Failure):
                     raise UserError(delivery.message)
                 self._take(delivery)
@@ -167,6 +170,16 @@ class ShardLoader:
             pin_memory=self._pins,
         )
         return _unpack_all(loader, pools)
+
+    def _clock(self, deliveries: Iterator[Delivery | Failure]) -> Iterator[Delivery | Failure]:
+        """Hand them on, and count the time until each is there."""
+        while True:
+            asked = time.perf_counter()
+            delivery = next(deliveries, None)
+            self.waited_seconds += time.perf_counter() - asked
+            if delivery is None:
+                return
+            yield delivery
 
     def _take(self, delivery: Delivery) -> None:
         """Move the place behind a batch, and count its samples."""

@@ -77,6 +77,7 @@ class Telemetry(Callback):
         self._tokens = 0
         self._stopwatch = Stopwatch()
         self._counted_from = 0  # step that samples, tokens and time are counted from
+        self._waited_before = 0.0  # seconds, for batches up to that step
         self._dispatch: dict[str, str] = {}
         self._in_use: list[str] = []
         self._choices: dict[str, dict[str, str]] = {}  # of dispatchers, by layer and case
@@ -127,7 +128,7 @@ class Telemetry(Callback):
         self._step_seen = trainer.global_step
         self._first_step = trainer.global_step + 1
         self._reports = []
-        self._count_from(trainer.global_step)  # and drop what the validation before the first step has counted
+        self._count_from(trainer)  # and drop what the validation before the first step has counted
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop the clock: throughput excludes validation."""
@@ -162,8 +163,8 @@ class Telemetry(Callback):
         reports, self._reports = self._reports, []
         if not is_logging_step(trainer, trainer.global_step):
             return
-        speed = self._speed(trainer.global_step, pl_module.device)
-        self._count_from(trainer.global_step)
+        speed = self._speed(trainer, pl_module.device)
+        self._count_from(trainer)
         values = speed | loss_values(losses_of_step(reports, trainer.world_size)) | routing_values(outputs["plans"])
         values |= attention_values(outputs["attention"]) | log_partition_values(outputs["log_partitions"])
         values |= self._step_values(pl_module) | data_values(trainer) | peak_memory(pl_module.device)
@@ -177,19 +178,24 @@ class Telemetry(Callback):
         """Report truncated captions of a short training."""
         self._report_truncation(trainer, enough=1)
 
-    def _count_from(self, step: int) -> None:
-        self._samples, self._tokens, self._counted_from = 0, 0, step
+    def _count_from(self, trainer: Trainer) -> None:
+        self._samples, self._tokens, self._counted_from = 0, 0, trainer.global_step
+        loader = _train_loader(trainer)
+        self._waited_before = loader.waited_seconds if loader else 0.0
         self._stopwatch.restart()
 
-    def _speed(self, step: int, device: torch.device) -> dict[str, float]:
-        """Return throughput, and the CPU time of a step where the CPU computes it, by key."""
+    def _speed(self, trainer: Trainer, device: torch.device) -> dict[str, float]:
+        """Return throughput, the share of waiting for data, and the CPU time of a step where the CPU computes it."""
         seconds = self._stopwatch.read()
         values = {
             metric_keys.SAMPLES_PER_SECOND.key(): self._samples / seconds.wall,
             metric_keys.TOKENS_PER_SECOND.key(): self._tokens / seconds.wall,
         }
+        loader = _train_loader(trainer)
+        if loader is not None:
+            values[metric_keys.DATA_WAIT.key()] = (loader.waited_seconds - self._waited_before) / seconds.wall
         if device.type == "cpu":
-            values[metric_keys.CPU_SECONDS.key()] = seconds.cpu / (step - self._counted_from)
+            values[metric_keys.CPU_SECONDS.key()] = seconds.cpu / (trainer.global_step - self._counted_from)
         return values
 
     def _report_truncation(self, trainer: Trainer, enough: int) -> None:
