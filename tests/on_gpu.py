@@ -1,9 +1,9 @@
 """`make gpu`: all that needs a GPU, in eight minutes, on a machine that may have no network; one Markdown table.
 
-    run      GPU-marked tests, the benches of layers, steps, adopted models and data, two trainings, a short study; each is a
-             process with a limit of its own, and what is left of the eight minutes if that is less. A step that fails
-             stops no other. What needs transformers is left out where it is missing. What each of them printed stands
-             in `logs` beside the table.
+    run      GPU-marked tests, the benches of layers, steps, adopted models and data, two trainings, a short study; each
+             is a process with a limit of its own, and what is left of the eight minutes if that is less. A step that
+             fails stops no other. What needs transformers is left out where it is missing. What each of them printed
+             stands in `logs` beside the table.
     wheels   on a machine with network: fetches what the other one lacks, told by its `pip list --format=freeze`, and
              draws the set that is read there, since it is smaller than the art it is drawn from
 
