@@ -10,6 +10,7 @@ from contextlib import contextmanager
 _MISSING = re.compile(r"requires (?:the )?(?:🤗 )?([\w-]+) library|pip install ([\w-]+)`|No module named '([\w-]+)")
 _PACKAGES = {"pil": "pillow", "pyav": "av", "jinja": "jinja2"}
 _REMARKS = {"torchvision": ", the release that fits your torch, from the same index"}
+_MISMATCHED = re.compile(r"operator torchvision::\w+ does not exist|undefined symbol")
 
 
 class UserError(ValueError):
@@ -29,13 +30,28 @@ class Stopped(Exception):  # noqa: N818 - asked for, not a fault
 
 
 def say_missing_package(error: BaseException) -> str | None:
-    """Return which package a library misses, and its remedy; None if an error is about something else."""
-    found = _MISSING.search(" ".join(str(error).split()))
+    """Return which package a library misses, and its remedy; None if an error is about something else.
+
+    transformers hides the error of an import behind one of its own, so the causes are read too.
+    """
+    text = " ".join(" ".join(str(each).split()) for each in _with_causes(error))
+    if _MISMATCHED.search(text):
+        return (
+            "needs a torchvision that fits your torch, and the installed one is of another build: pip install "
+            f"--force-reinstall --no-deps torchvision{_REMARKS['torchvision']}"
+        )
+    found = _MISSING.search(text)
     if found is None:
         return None
     name = next(each for each in found.groups() if each is not None).lower()
     package = _PACKAGES.get(name, name)
     return f"needs the package {package}, which is not installed: pip install {package}{_REMARKS.get(package, '')}"
+
+
+def _with_causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
 
 
 @contextmanager

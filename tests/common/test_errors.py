@@ -22,6 +22,14 @@ def test_the_package_is_named(text: str, package: str) -> None:
     assert said.startswith(f"needs the package {package}, which is not installed: pip install {package}")
 
 
+def test_a_torchvision_of_another_build_is_named_though_it_is_the_cause_of_a_cause() -> None:
+    error = ModuleNotFoundError("Could not import module 'Qwen3VLMoeForConditionalGeneration'.")
+    error.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    said = say_missing_package(error)
+    assert said is not None
+    assert said.startswith("needs a torchvision that fits your torch")
+
+
 def test_other_errors_are_left_alone() -> None:
     assert say_missing_package(OSError("no file named model.safetensors")) is None
 

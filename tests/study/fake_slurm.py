@@ -92,8 +92,8 @@ def srun(words: list[str]) -> None:
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    command = words[words.index("--error") + 2 :]
-    os.execv(command[0], command)
+    start = next(place for place, word in enumerate(words) if Path(word).name.startswith("python"))
+    os.execv(words[start], words[start:])
 
 
 def stop(job: Path, state: str) -> None:

@@ -50,7 +50,7 @@ def audit(
         json: Write the record to this file as JSON instead of the page; - is standard output.
     """
     from lightning_moevlm.cli.models.audit_page import make_tables, render_page, write_finding, write_record
-    from lightning_moevlm.cli.models.audit_sample import Wanted, draw_sample, make_batches
+    from lightning_moevlm.cli.models.audit_sample import Wanted, check_source, draw_sample, make_batches
     from lightning_moevlm.common.number_checks import check_number
     from lightning_moevlm.data.storage.local import local_target
 
@@ -70,6 +70,7 @@ def audit(
         if not torch.cuda.is_available():
             raise UserError("device is cuda, and no GPU of this machine is seen: leave --device out")
     built_from, options = _read_config(path, configuration)
+    check_source(data, texts)
     model = _open(built_from, options, image_size, max_text_len, dtype, local_files_only)
     from lightning_moevlm.model.backbones.adopted.audit.audit import audit as audit_model
 

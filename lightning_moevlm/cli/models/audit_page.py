@@ -18,7 +18,7 @@ def write_finding(audit: Audit) -> list[str]:
     first = audit.routers[0]
     kinds = {(each.num_experts, each.top_k, each.score) for each in audit.routers}
     what = f"{first.num_experts} experts, top-{first.top_k}, {_score(first)}" if len(kinds) == 1 else "of several kinds"
-    blocks = f"{len(audit.routers)} routers in {audit.num_layers} layers"
+    blocks = f"{_count(len(audit.routers), 'router')} in {_count(audit.num_layers, 'layer')}"
     return [
         f"{audit.model} has {blocks}: {what}.",
         *_on_balance(audit.balance, audit.transformers),
@@ -67,12 +67,12 @@ def _on_balance(balance: OwnBalance, transformers: str) -> list[str]:
         )
         ways = " or ".join(each.name for each in acting)
         lines.append(f"It acts with {ways}." if acting else "None of its switches turns it on.")
-        if acting and dead:
-            lines.append(f"This switch is dead: {', '.join(dead)}.")
     else:
         lines.append(f"As configured its balance loss acts: {coefficient}.")
     if (setting := balance.acting) is not None:
         lines.append(_on_size(setting, configured))
+        if configured.verdict == "dead" and dead:
+            lines.append(f"This switch is dead: {', '.join(dead)}.")
         if balance.over_parts is not None and abs(balance.over_parts - 1) > _CLOSE:
             lines.append(
                 f"Over two micro-batches or two ranks the Trainer of transformers adds {balance.over_parts:.2f} times "
@@ -83,7 +83,7 @@ def _on_balance(balance: OwnBalance, transformers: str) -> list[str]:
 
 def _on_size(setting: Setting, configured: Setting) -> str:
     assert setting.added is not None and setting.share is not None
-    when = "It" if setting is configured else "Then it"
+    when = "It" if setting is configured else f"With {setting.name} it"
     scale = "" if setting.verdict == "alive" else f", {setting.scale:.2f} times what its coefficient says"
     share = format_percent(setting.share)
     return f"{when} adds {setting.added:.2g} to the loss{scale}, and is {share} of the gradient on the routers."
@@ -95,9 +95,10 @@ def _on_biases(routers: Sequence[RouterFacts]) -> list[str]:
         return []
     low, high = min(bias.lowest for bias in still), max(bias.highest for bias in still)
     values = "all 0" if low == high == 0 else f"from {low:.2g} to {high:.2g}"
+    choose = f"{_count(len(still), 'router')} {'chooses' if len(still) == 1 else 'choose'}"
     return [
-        f"{len(still)} routers choose by a balancing bias ({still[0].name}, {values}) that nothing moves: it has no "
-        "gradient, and a pass in training leaves it as it is. `model.backbone.bias_rate` moves it by the load."
+        f"{choose} by a balancing bias ({still[0].name}, {values}) that nothing moves: it has no gradient, and a pass "
+        "in training leaves it as it is. model.backbone.bias_rate moves it by the load."
     ]
 
 
@@ -106,8 +107,8 @@ def _on_nothing(audit: Audit) -> list[str]:
     if audit.balance.settings[0].verdict not in ("dead", "fails") or moved:
         return []
     return [
-        "So nothing balances the experts where it is trained as configured. Here `model.losses.load_balance` does, and "
-        "`model.losses.cross_layer_balance` is the loss of transformers."
+        "So nothing balances the experts where it is trained as configured. Here model.losses.load_balance does, and "
+        "model.losses.cross_layer_balance is the loss of transformers."
     ]
 
 
@@ -124,7 +125,7 @@ def _on_loads(audit: Audit) -> list[str]:
     count = sum(len(experts) for experts in audit.dead.values())
     total = sum(each.num_experts for each in audit.routers)
     lines.append(
-        f"No token of the sample chose {count} of {total} experts, in {len(audit.dead)} layers."
+        f"No token of the sample chose {count} of {total} experts, in {_count(len(audit.dead), 'layer')}."
         if count
         else f"Each of the {total} experts was chosen by some token of the sample."
     )
@@ -148,7 +149,9 @@ def _balance_table(balance: OwnBalance) -> Table:
         ("setting", "verdict", "added to the loss", "of the gradient on routers", "scale"),
         tuple(rows),
         (
-            "scale: over coefficient x E sum f P of the same choices, 1 as it is defined." + parts,
+            "scale: what is added, over the coefficient times E sum f P, the loss as it is defined for E experts: f is "
+            "the share of choices that an expert gets, P its mean probability. It is known where scores are a softmax."
+            + parts,
             f"Function: {balance.function or 'none in the file of the model'}.",
         ),
         essential=4,
@@ -196,6 +199,10 @@ def _load_table(audit: Audit) -> Table:
         tuple(rows),
         ("MaxVio: largest load over the mean load, less 1. Entropy: 1 is an even load, 0 is one expert alone.",),
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _score(router: RouterFacts) -> str:

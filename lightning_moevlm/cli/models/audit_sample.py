@@ -10,6 +10,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from lightning_moevlm.contracts.batch import Batch
+    from lightning_moevlm.data.format.manifest import Manifest
+    from lightning_moevlm.data.storage.shard_storage import ShardStorage
+    from lightning_moevlm.data.text.captions import Captions
 
 _SMALLEST_SCENE, _LARGEST_SCENE = 64, 224
 _NUM_DRAWINGS = 24
@@ -30,14 +33,26 @@ class Sample(NamedTuple):
     origin: str
 
 
+def check_source(data: str | None, texts: str | None) -> None:
+    """Refuse a source that cannot be read, before a model is loaded.
+
+    Raises:
+        UserError: two sources, or one that is not there or has no texts.
+    """
+    if data is not None and texts is not None:
+        raise UserError("give --data or --texts, not both")
+    if texts is not None:
+        _read_texts(texts, Wanted(2, None))
+    if data is not None:
+        _open_set(data)
+
+
 def draw_sample(data: str | None, texts: str | None, wanted: Wanted) -> Sample:
     """Return the sample.
 
     Raises:
-        UserError: two sources, or one without texts.
+        UserError: a source without texts.
     """
-    if data is not None and texts is not None:
-        raise UserError("give --data or --texts, not both")
     found = _read_texts(texts, wanted) if texts else _read_set(data, wanted) if data else _draw_scenes(wanted)
     even = len(found.texts) - len(found.texts) % 2
     if not even:
@@ -73,18 +88,24 @@ def _read_texts(file: str, wanted: Wanted) -> Sample:
     return Sample(texts, [], f"texts of {file}")
 
 
-def _read_set(data: str, wanted: Wanted) -> Sample:
-    from lightning_moevlm.data.format.shard_reader import RawSample, read_shard, require_all
-    from lightning_moevlm.data.images.decode import decode_image, image_kind
+def _open_set(data: str) -> "tuple[ShardStorage, Manifest, Captions]":
     from lightning_moevlm.data.storage.shard_storage import ShardStorage
     from lightning_moevlm.data.text.captions import find_captions
 
     storage = ShardStorage(data)
     manifest = storage.read_manifest()
     captions = find_captions(manifest.members, manifest.layout.caption_field)
-    image = next((member for member in manifest.members if image_kind(member) is not None), None)
     if captions is None:
         raise UserError(f"{storage} has no captions: give a set with texts, or leave --data out")
+    return storage, manifest, captions
+
+
+def _read_set(data: str, wanted: Wanted) -> Sample:
+    from lightning_moevlm.data.format.shard_reader import RawSample, read_shard, require_all
+    from lightning_moevlm.data.images.decode import decode_image, image_kind
+
+    storage, manifest, captions = _open_set(data)
+    image = next((member for member in manifest.members if image_kind(member) is not None), None)
 
     def read() -> Iterator[RawSample]:
         for shard in manifest.splits["train"]:

@@ -12,7 +12,8 @@ each one stands. Only ids of answers, their ends included, are to be predicted.
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -243,10 +244,11 @@ class ChatMaker:
             messages.append(self._message("user", each.question, len(images) if number == 0 else 0))
             messages.append(self._message("assistant", each.answer))
         render = self.processor.apply_chat_template
-        return (
-            render(messages[:-1], tokenize=False, add_generation_prompt=True),
-            render(messages, tokenize=False),
-        )
+        with self._explained("the chat template", "set data.chat.template to a file with one that takes these turns"):
+            return (
+                render(messages[:-1], tokenize=False, add_generation_prompt=True),
+                render(messages, tokenize=False),
+            )
 
     def _message(self, role: str, text: str, num_images: int = 0) -> dict[str, Any]:
         if not self._sees:
@@ -267,7 +269,11 @@ class ChatMaker:
         inputs: dict[str, Any] = {"add_special_tokens": not begins, "return_tensors": "pt"}
         if images:
             inputs["images"] = list(images)
-        made = dict(self.processor(text=[text], **inputs))
+        remedy = (
+            "give a data.chat.template that puts a placeholder for each image, and options that the processor takes"
+        )
+        with self._explained("the processor", remedy):
+            made = dict(self.processor(text=[text], **inputs))
         ids_S = made["input_ids"][0]
         modality_S = torch.full_like(ids_S, int(Modality.TEXT))
         if images:
@@ -276,6 +282,19 @@ class ChatMaker:
             modality_S[is_image_S] = int(Modality.IMAGE)
         of_images = {name: values for name, values in made.items() if name not in _NOT_OF_IMAGES}
         return ids_S.tolist(), modality_S, of_images
+
+    @contextmanager
+    def _explained(self, part: str, remedy: str) -> Iterator[None]:
+        """Turn what the template or the processor says of a conversation into one message."""
+        try:
+            yield
+        except Exception as error:  # templates raise what jinja and their own code raise, processors their libraries'
+            cause = error if error.__cause__ is None else error.__cause__
+            reason = " ".join(str(cause).split())
+            raise UserError(
+                f"{part} of data.chat.processor {self.options.processor} refuses a conversation: "
+                f"{type(cause).__name__}: {reason}; {remedy}"
+            ) from error
 
     @property
     def _placeholder(self) -> int:

@@ -61,6 +61,11 @@ def test_the_switch_of_a_wrapper_is_dead(audited: Audited) -> None:
         "config.text_config.output_router_logits: true": "alive",
         "output_router_logits=True in the call": "alive",
     }
+    said = record["finding"]
+    acting = "config.text_config.output_router_logits: true"
+    assert said[2] == f"It acts with {acting} or output_router_logits=True in the call."
+    assert said[3].startswith(f"With {acting} it adds ")
+    assert said[4] == "This switch is dead: config.output_router_logits: true."
     assert record["balance"]["over_parts"] == pytest.approx(1.0, rel=0.02)  # its Trainer counts no items
     assert [(load["modality"], load["tokens"] > 0) for load in record["loads"]] == [("image", True), ("text", True)] * 2
     assert record["sample"].startswith("4 scenes with their captions, drawn for this")
@@ -87,7 +92,7 @@ def test_families_with_a_bias_that_nothing_moves(audited: Audited) -> None:
     assert (router["score"], router["weight_sum"]) == ("sigmoid", 2.5)
     said = " ".join(record["finding"])
     assert "has no balance loss for this family" in said
-    assert "1 routers choose by a balancing bias (e_score_correction_bias, all 0) that nothing moves" in said
+    assert "1 router chooses by a balancing bias (e_score_correction_bias, all 0) that nothing moves" in said
 
 
 def test_a_loss_that_counts_twice_is_seen(audited: Audited, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,6 +182,7 @@ def test_mistakes_are_told_in_one_line(
         (["--config", "list.yaml"], "holds no mapping: give {model_type: olmoe, ...}"),
         ([*olmoe, "--texts", "empty.txt"], "an audit needs at least 2 texts"),
         ([*olmoe, "--texts", "missing.txt"], "--texts missing.txt cannot be read"),
+        (["torn", "--texts", "missing.txt"], "--texts missing.txt cannot be read"),  # before weights are
         ([*olmoe, "--texts", "empty.txt", "--data", "folder"], "give --data or --texts, not both"),
         ([*olmoe, "--batch-size", "3"], "batch_size is 3: choose an even number"),
     ):

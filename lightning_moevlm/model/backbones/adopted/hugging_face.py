@@ -261,6 +261,13 @@ class HuggingFaceModel(Backbone):
                 f"data.chat.processor makes {', '.join(unknown)} of images, which {name} does not take: give the "
                 "directory of the model itself"
             )
+        if chats.images and self.images is not None:
+            lacking = [each for each in self.images.names if each not in chats.images]
+            if lacking:
+                raise UserError(
+                    f"data.chat.processor makes no {', '.join(lacking)} of images, which {name} needs: give the "
+                    "directory of the model itself"
+                )
         self._knows_ids = True
 
     def _run(

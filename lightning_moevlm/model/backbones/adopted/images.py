@@ -16,6 +16,8 @@ from torch import Tensor
 from lightning_moevlm.common.errors import UserError
 
 _HALF = (0.5, 0.5, 0.5)
+_OF_ONE_SIZE = ("clip_vision_model", "siglip_vision_model")
+"""Vision towers that have one embedding per patch of images of their own size, and refuse other sizes."""
 
 
 class ImageInputs(NamedTuple):
@@ -37,6 +39,11 @@ class ImageInputs(NamedTuple):
     def token_size(self) -> int:
         """Pixels of one token, height and width."""
         return self.patch_size * self.merge
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Arguments of a forward pass that hold images."""
+        return ("pixel_values", "image_grid_thw") if self.frames else ("pixel_values",)
 
     def __call__(self, images_BRYX: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the arguments of a forward pass over these uint8 images."""
@@ -82,9 +89,23 @@ def image_inputs(config: Any, image_size: int, path: str | None) -> ImageInputs 
             f"data.image_size {image_size} is not a multiple of {patch_size * merge}, the {merge} x {merge} patches of "
             f"{patch_size} pixels that {config.model_type} makes one token of: choose a multiple"
         )
+    own_size = getattr(vision, "image_size", None)
+    if vision.model_type in _OF_ONE_SIZE and image_size != own_size:
+        raise UserError(
+            f"data.image_size is {image_size}, and the vision tower of {config.model_type} takes images of {own_size} "
+            f"pixels alone: set data.image_size to {own_size}"
+        )
     inputs = ImageInputs(image_size, patch_size, merge, frames)
-    file = None if path is None else Path(path) / "preprocessor_config.json"
-    if file is not None and file.is_file():
-        own = json.loads(file.read_text("utf-8"))
-        inputs = inputs._replace(mean=tuple(own.get("image_mean", _HALF)), std=tuple(own.get("image_std", _HALF)))
-    return inputs
+    own = {} if path is None else _read_processor(Path(path))
+    return inputs._replace(mean=tuple(own.get("image_mean", _HALF)), std=tuple(own.get("image_std", _HALF)))
+
+
+def _read_processor(folder: Path) -> dict[str, Any]:
+    """Return what a model's directory says of its images; transformers 5 saves the whole processor in one file."""
+    for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
+        if (folder / name).is_file():
+            content = json.loads((folder / name).read_text("utf-8"))
+            own = content if key is None else content.get(key)
+            if own:
+                return dict(own)
+    return {}

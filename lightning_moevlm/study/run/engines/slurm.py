@@ -79,6 +79,7 @@ class SlurmEngine(Engine):
             "slurm_qos": qos,
             "slurm_signal_delay_s": _WARNING_SECONDS,
             "slurm_additional_parameters": {"requeue": True},
+            "slurm_srun_args": [f"--cpus-per-task={cpus}"],  # since SLURM 22.05 srun does not take them from sbatch
             "timeout_min": minutes,
             "cpus_per_task": cpus,
             "gpus_per_node": gpus,

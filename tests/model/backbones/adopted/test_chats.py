@@ -351,10 +351,20 @@ def test_mistakes_are_explained(llava: Path, tmp_path: Path) -> None:
         .read_text("utf-8")
         .replace("assistant\n{% endif %}", "assistant\n<think>{% endif %}")
     )
+    (tmp_path / "open.jinja").write_text("{{ messages")
+    (tmp_path / "blind.jinja").write_text("{% for message in messages %}{{ message['role'] }}{% endfor %}")
     for options, message in (
         ({"processor": str(tmp_path / "nothing")}, "cannot be loaded.*give the directory of a model"),
         ({"max_len": 10}, r"have \d+ tokens, and data.chat.max_len is 10: raise it"),
         ({"template": str(tmp_path / "none.jinja")}, "data.chat.template .* cannot be read"),
+        (
+            {"template": str(tmp_path / "open.jinja")},
+            "the chat template of .* refuses .*TemplateSyntaxError: unexpected",
+        ),
+        (
+            {"template": str(tmp_path / "blind.jinja")},
+            "the processor of .* refuses a conversation: .*; give a data.chat",
+        ),
         ({"template": str(tmp_path / "thinks.jinja")}, "in training than in generation, as templates with thoughts do"),
     ):
         maker = ChatMaker(ChatOptions(**({"processor": str(llava)} | options)))  # type: ignore[arg-type]
@@ -375,6 +385,8 @@ def test_mistakes_are_explained(llava: Path, tmp_path: Path) -> None:
         small_hugging_face(OLMOE).read_chats(chats)
     with pytest.raises(UserError, match=r"makes the token id \d+, and LlavaForConditionalGeneration embeds 304"):
         small_hugging_face(LLAVA_CHAT).read_chats(chats._replace(ids_BS=chats.ids_BS + 300))
+    with pytest.raises(UserError, match="makes no image_grid_thw of images, which Qwen3VLMoeForConditionalGeneration"):
+        small_hugging_face(QWEN_CHAT).read_chats(chats)
     save_tokenizer(tmp_path / "qwen")
     for name, kind in (("preprocessor", "image_processor"), ("video_preprocessor", "video_processor")):
         of_kind = {"image_processor": "Qwen2VLImageProcessor", "video_processor": "Qwen3VLVideoProcessor"}[kind]

@@ -258,3 +258,12 @@ def test_back_ends_have_one_registry_which_observing_leaves_alone(monkeypatch: p
 def test_experts_without_back_ends_are_refused() -> None:
     with pytest.raises(UserError, match=r"LongcatFlashExperts of .* takes no back-end"):
         adopt(tiny("longcat_flash"), CurrentPass(), dispatcher=LoopDispatcher())
+
+
+@pytest.mark.parametrize("dispatcher", [None, LoopDispatcher()])
+def test_a_copy_of_dispatch_copies_no_weights(dispatcher: Dispatcher | None) -> None:
+    """A receipt rehearses a step with copies of dispatchers, and must fit beside a model of any size."""
+    for layer in small_hugging_face(OLMOE, dispatcher=dispatcher).layers:
+        copied: dict[int, Any] = {}
+        copy.deepcopy(layer.dispatcher, copied)
+        assert copied and not any(isinstance(each, Tensor) for each in copied.values())

@@ -1,6 +1,7 @@
 """Models of transformers as backbones: built, trained, frozen, saved and continued. Extra `hf`; skipped if absent."""
 
 import copy
+import json
 import re
 from functools import partial
 from pathlib import Path
@@ -24,6 +25,7 @@ from lightning_moevlm.configuration.resolver import ConfigResolver, describe_mod
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
 from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
+from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken
 from lightning_moevlm.training import VisionLanguageModule
@@ -77,6 +79,17 @@ def test_images_are_cut_as_their_own_processor_cuts_them() -> None:
     found = model.images(BATCH.images_BRYX, torch.float32)
     assert torch.equal(found["image_grid_thw"], expected["image_grid_thw"])
     torch.testing.assert_close(found["pixel_values"], expected["pixel_values"])
+
+
+@pytest.mark.parametrize(
+    ("file", "key"), [("preprocessor_config.json", None), ("processor_config.json", "image_processor")]
+)
+def test_images_are_scaled_as_the_directory_says(file: str, key: str | None, tmp_path: Path) -> None:
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}
+    (tmp_path / file).write_text(json.dumps(own if key is None else {key: own}))
+    inputs = image_inputs(small_hugging_face().config, 16, str(tmp_path))
+    assert inputs is not None
+    assert (inputs.mean, inputs.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
 @pytest.mark.parametrize("name", ["logits_scaling", "logit_scale", "final_logit_softcapping"])
@@ -134,6 +147,7 @@ def test_nothing_is_fetched_and_mistakes_are_explained(saved: tuple[HuggingFaceM
         ({"config": TEXT}, "has no model_type: name a family"),
         ({"config": {"model_type": "no_such_family"}}, "cannot build the config of no_such_family"),
         ({"config": QWEN, "image_size": 20}, "data.image_size 20 is not a multiple of 8"),
+        ({"config": LLAVA, "image_size": 24}, "image_size is 24, and .* of llava takes images of 16 pixels alone: set"),
         ({"path": saved[1], "vocab_size": 301}, "embeds 300 ids, and the data has 301"),
         ({"config": OLMOE, "frozen": ("vision",)}, "has no vision to freeze: name some of language"),
         ({"config": OLMOE, "frozen": ("routers", "all_but_routers")}, "leaves nothing to train"),

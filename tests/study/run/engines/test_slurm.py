@@ -41,6 +41,7 @@ def test_a_cluster_that_takes_one_job_at_a_time(tmp_path, uri, cluster, monkeypa
     script = (cluster / "1" / "script").read_text()
     for line in ("--time=5", "--cpus-per-task=1", "--requeue", "--signal=USR2@90", "--job-name=tiny/baseline-seed0"):
         assert f"#SBATCH {line}\n" in script
+    assert " --cpus-per-task=1 " in next(line for line in script.splitlines() if line.startswith("srun "))
     for kept in (plan.folder / JOBS_FOLDER).rglob("*"):
         assert kept.is_dir() or b"swordfish" not in kept.read_bytes()
 

@@ -215,13 +215,12 @@ class TheirDispatch(DispatchRecord):
     """
 
     def __init__(self, theirs: nn.Module, router: str) -> None:
-        self._theirs = (theirs,)
+        self._config = getattr(theirs, "config", None)  # not the experts: a rehearsal of a step copies dispatchers
         self._router = router
 
     def record(self) -> str:
         """Return the back-end of the configuration."""
-        config = getattr(self._theirs[0], "config", None)
-        return f"transformers, {getattr(config, '_experts_implementation', None) or 'eager'}{self._router}"
+        return f"transformers, {getattr(self._config, '_experts_implementation', None) or 'eager'}{self._router}"
 
     def in_use(self) -> tuple[str, ...]:
         """Return the same."""
