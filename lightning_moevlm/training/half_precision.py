@@ -15,6 +15,7 @@ from torchmetrics import Metric
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.model.objectives import ImageTargets
 from lightning_moevlm.model.precision import PrecisionPolicy, Region, RegionDtype, region_of_parameters
+from lightning_moevlm.model.routers import Router
 
 TRAINER_DTYPE: dict[str, RegionDtype] = {
     "bf16-mixed": "bfloat16",
@@ -62,11 +63,12 @@ class RegionHalfPrecision(HalfPrecision):
     def _pinned(self, module: nn.Module) -> Iterable[tuple[str, Tensor]]:
         regions = region_of_parameters(module)
         targets = [name for name, part in module.named_modules() if isinstance(part, ImageTargets)]
+        routers = [name for name, part in module.named_modules() if isinstance(part, Router)]
         for name, parameter in module.named_parameters():
             if self.policy.dtype_of(regions[name]) == "float32" or _inside(name, targets):
                 yield name, parameter
         for name, buffer in module.named_buffers():
-            if buffer.is_floating_point() and (regions[name] == "router" or _inside(name, targets)):
+            if buffer.is_floating_point() and (regions[name] == "router" or _inside(name, targets + routers)):
                 yield name, buffer
 
 

@@ -35,6 +35,7 @@ from lightning_moevlm.training.checkpoints.partial_step import PartialStep, Step
 from lightning_moevlm.training.checks import trainer_checks
 from lightning_moevlm.training.checks.loss_checks import refuse_unsuited_losses
 from lightning_moevlm.training.checks.optimizer_checks import refuse_unsuited_optimizer, refuse_vanishing_eps
+from lightning_moevlm.training.checks.precision_checks import refuse_unreached_routers
 from lightning_moevlm.training.evaluation import Evaluation, log_values, report_batch_dependence
 from lightning_moevlm.training.half_precision import keep_pinned_regions
 from lightning_moevlm.training.optim import (
@@ -115,6 +116,7 @@ class VisionLanguageModule(LightningModule):
         self.init_from, self.trainable = init_from, trainable
         self.precision = precision
         set_precision(self, precision)
+        refuse_unreached_routers(precision, backbone)
         check_number("init_std", init_std, least=0)
         initialise(self, seed, init_std)
         if trainable is not None:

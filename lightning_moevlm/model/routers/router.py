@@ -39,6 +39,7 @@ class Router(Module):
     mixes: its plans are `MixPlan`s: slots of mixed tokens, without choices.
     tally_size: number of counts that `rebalance` needs beside the loads, see `tally`.
     num_free: number of its experts, the last ones, that compute nothing, see `set_free`.
+    keeps_dtype: computes in a dtype of its own, which no precision policy changes.
     """
 
     competes = False
@@ -51,6 +52,7 @@ class Router(Module):
     mixes = False
     tally_size = 0
     num_free = 0
+    keeps_dtype = False
     region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:

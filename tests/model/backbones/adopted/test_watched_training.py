@@ -1,5 +1,6 @@
 """What watches and moves routing does so on adopted models: ranks, recorder, shadow, frozen choices, actions."""
 
+import math
 import os
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from lightning_moevlm.model.routers import TopKRouter
 from lightning_moevlm.tracking.recordings.recording import read_recording
 from lightning_moevlm.training import VisionLanguageModule
 from lightning_moevlm.training.actions import Actions, AnticipateRouting, ReviveDeadExperts
-from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, PrecisionShadow, Telemetry
+from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, Liveness, PrecisionShadow, Telemetry
 from lightning_moevlm.training.callbacks.recording.frozen_routing import FrozenRouting
 from tests.model.backbones.adopted.adopted_ranks import results
 from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, OLMOE, QWEN, small_hugging_face
@@ -129,16 +130,34 @@ def test_a_dtype_of_routers_reaches_ours_alone() -> None:
     found = []
     for router, dtype in ((None, "bfloat16"), (None, "float32"), (TopKRouter, "bfloat16"), (TopKRouter, "float32")):
         options = {} if router is None else {"router": partial(TopKRouter, top_k=2)}
-        module = module_of(OLMOE, precision=PrecisionPolicy(router=dtype), **options)  # type: ignore[arg-type]
         if router is None and dtype == "bfloat16":
             with pytest.raises(UserError, match="bfloat16 reaches no router of transformers"):
-                module.backbone(None, *pair_batch()[1:3])
+                module_of(OLMOE, precision=PrecisionPolicy(router=dtype))
             continue
+        module = module_of(OLMOE, precision=PrecisionPolicy(router=dtype), **options)  # type: ignore[arg-type]
         found.append(module.backbone(None, *pair_batch()[1:3]).plans[0].plan)
     theirs, narrow, ours = found
     torch.testing.assert_close(ours.logits_TE, theirs.logits_TE)
     assert not torch.equal(narrow.logits_TE, ours.logits_TE)
     torch.testing.assert_close(narrow.logits_TE, ours.logits_TE, rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+@pytest.mark.parametrize("config", [QWEN, DEEPSEEK], ids=["qwen3_vl_moe", "deepseek_v3"])
+def test_half_precisions_of_the_trainer_train_them(config: dict[str, Any], precision: str, tmp_path: Path) -> None:
+    """Receipts compare dtypes of regions, which change no router of theirs."""
+    module = module_of(config)
+    watchers = [Telemetry(), Liveness(every_n_steps=1), FlightRecorder(every_n_steps=1)]
+    batch = pair_batch() if config is QWEN else pair_batch()._replace(images_BRYX=None)
+    points = fit(
+        module, 2, batches=[batch] * 2, callbacks=watchers, precision=precision, default_root_dir=tmp_path
+    ).points
+    assert all(math.isfinite(value) for _, value in points["train/task_loss"])
+    own = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    theirs = {name: each.dtype for name, each in module.named_parameters() if ".router.theirs." in name}
+    assert theirs and set(theirs.values()) == {own}
+    moved = {name: each.dtype for name, each in module.named_buffers() if name.endswith("correction_bias")}
+    assert set(moved.values()) <= {torch.float32} and bool(moved) == (config is DEEPSEEK)
 
 
 def test_actions_on_their_parts_are_refused_where_they_cannot_act() -> None:

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirBiasRouter, TheirRouter
@@ -90,12 +89,6 @@ class AdoptedMoE(Mixture):
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
         places = self.current.place(tokens_TD, self.modality)
         if isinstance(self.router, TheirRouter):
-            if self.precision.dtype_of("router") not in (None, "float32"):
-                raise UserError(
-                    f"model.precision.router = {self.precision.dtype_of('router')} reaches no router of transformers, "
-                    "which computes in a dtype of its own: set it to float32 or null, or name a router of ours in "
-                    "model.backbone.router"
-                )
             plan = self.router(places.inputs, hidden, more, named)
             made, results = self.router.take_last()
         else:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.model.backbones.adopted.routing.seam import SCORES, Gate, TheirScore
+from lightning_moevlm.model.precision import Region
 from lightning_moevlm.model.routers import Router
 from lightning_moevlm.model.routers.choices import make_plan, renormalise_weights
 
@@ -24,6 +25,8 @@ class TheirRouter(Router):
     """
 
     keeps_weights = True  # see `initialise`
+    keeps_dtype = True
+    region: Region = "trunk"  # its weights have the dtype of the tokens that it multiplies
 
     def __init__(self, theirs: nn.Module, gate: Gate) -> None:
         super().__init__(gate.dim, gate.num_experts)
