@@ -29,6 +29,7 @@ from lightning_moevlm.model.backbones.adopted.cached import (
     restore_offsets,
     split_by_length,
 )
+from lightning_moevlm.model.backbones.adopted.head import predict
 from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import AdoptedMoE
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
@@ -170,15 +171,7 @@ class HuggingFaceModel(Backbone):
 
     def predict_text(self, features_MD: Tensor) -> Tensor:
         """Return the logits of the token that follows, (M, V), as the whole model computes them."""
-        config = self.text_config
-        logits_MV = self.model.get_output_embeddings()(features_MD)
-        if divisor := getattr(config, "logits_scaling", None):  # Granite
-            logits_MV = logits_MV / divisor
-        if factor := getattr(config, "logit_scale", None):  # Cohere
-            logits_MV = logits_MV * factor
-        if cap := getattr(config, "final_logit_softcapping", None):  # Gemma
-            logits_MV = torch.tanh(logits_MV / cap) * cap
-        return logits_MV
+        return predict(self.model, features_MD)
 
     def forward(
         self,

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from torch import nn
 from transformers import PreTrainedConfig, PreTrainedModel
 
 SIZES: dict[str, Any] = {
@@ -29,9 +30,11 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1, "eos_token_id": 2, "decoder_sparse_step": 1,
 }  # fmt: skip
 
+_MIXED = {"layer_types": ["linear_attention", "full_attention"]}
 _ROPE = {"rope_type": "default", "rope_theta": 1e4}
 
 NEEDS: dict[str, dict[str, Any]] = {
+    "bailing_hybrid": _MIXED,
     "beam": {"mlp_layer_types": ["sparse", "sparse"]},
     "dbrx": {"attn_config": {"kv_n_heads": 4, "rope_theta": 1e4}, "ffn_config": {"ffn_hidden_size": 16}},
     "deepseek_ocr2": {"mlp_layer_types": ["dense", "sparse"]},
@@ -53,10 +56,21 @@ NEEDS: dict[str, dict[str, Any]] = {
         "index_n_heads": 4,
     },
     "granitemoehybrid": {"mamba_n_heads": 4, "mamba_d_state": 8, "layer_types": ["mamba", "attention"]},
-    "kimi_linear": {"linear_head_dim": 8, "linear_num_heads": 4},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 0},
+    "kimi_linear": _MIXED | {"linear_head_dim": 8, "linear_num_heads": 4},
     "lfm2_moe": {"layer_types": ["full_attention", "full_attention"]},
     "longcat_flash": {"zero_expert_num": 1, "head_dim": 4},
     "mimo_v2_flash": {"head_dim": 16, "num_key_value_heads": 2},
+    "qwen3_5_moe": _MIXED,
+    "qwen3_next": _MIXED,
+    "qwen4_exp": _MIXED
+    | {
+        "indexer_n_heads": 4,
+        "indexer_kv_heads": 1,
+        "indexer_head_dim": 8,
+        "indexer_budget": 8,
+        "indexer_compress_ratio": 2,
+    },
     "step3p7": {"mlp_layer_types": ["sparse", "sparse"], "sliding_window": 8},
     "switch_transformers": {"encoder_sparse_step": 1, "decoder_sparse_step": 1, "num_sparse_encoder_layers": 2},
     "vitpose_backbone": {"part_features": 8, "num_experts": 2, "image_size": [32, 32]},
@@ -75,10 +89,15 @@ def tiny(family: str) -> PreTrainedModel:
     config_class, model_class = _classes(family)
     config = config_class(**small_options(config_class) | NEEDS.get(family, {}))
     model = model_class._from_config(config).eval()
-    for name, table_VK in model.named_buffers():
-        if name.endswith("tid2eid"):  # experts of each token id; without weights they are all expert 0
-            table_VK.copy_((torch.arange(len(table_VK)).unsqueeze(1) + torch.arange(table_VK.shape[1])) % 4)
+    fill_tables(model)
     return model
+
+
+def fill_tables(model: nn.Module) -> None:
+    """Give each token id experts of its own in hash layers; random weights leave them all at expert 0."""
+    for name, table_VK in model.named_buffers():
+        if name.endswith("tid2eid"):
+            table_VK.copy_((torch.arange(len(table_VK)).unsqueeze(1) + torch.arange(table_VK.shape[1])) % 4)
 
 
 def small_options(config_class: type[PreTrainedConfig]) -> dict[str, Any]:

@@ -16,16 +16,21 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 import transformers
 
 from lightning_moevlm.common.errors import UserError
-from lightning_moevlm.model.backbones import adopted
+from lightning_moevlm.model.backbones import HuggingFaceModel, adopted
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass
 from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
 from lightning_moevlm.model.dispatch import LoopDispatcher
-from tests.model.backbones.adopted.families import families, tiny
+from lightning_moevlm.model.generation import Decoding, generate
+from tests.model.backbones.adopted.families import families, fill_tables, tiny
 from tests.model.backbones.adopted.test_adopt import assert_equal
+from tests.model.backbones.adopted.test_chats import plain_model
 from tests.model.backbones.adopted.test_dispatch import assert_near, both
+from tests.model.backbones.adopted.test_exact_generation import Heard, theirs
 
 GUIDE = Path(adopted.__file__).with_name("README.md")
+OF_FILES = ("architectures", "dtype", "transformers_version", "_name_or_path")
+"""Of a configuration, what says where it was saved."""
 _BEGIN, _END = "<!-- families -->\n", "<!-- end of families -->\n"
 
 pytestmark = [
@@ -93,3 +98,23 @@ def test_the_loop_gives_every_family_its_own_logits() -> None:
             count += 1
     assert refused == ["longcat_flash", "step3p7"]  # of those that are adopted
     assert count == 64
+
+
+def test_language_models_generate_with_their_own_logits() -> None:
+    """To the bit at every position, with caches of all kinds and heads that scale, cap or cut."""
+    ids = torch.randint(3, 90, (3, 4), generator=torch.Generator().manual_seed(1))
+    valid, count = torch.ones_like(ids, dtype=torch.bool), 0
+    for family in families():
+        config = {key: value for key, value in tiny(family).config.to_dict().items() if key not in OF_FILES}
+        try:
+            model = HuggingFaceModel(config=config, image_size=16, vocab_size=96, max_text_len=16).eval()
+        except UserError:  # refused, or no language model of its own
+            continue
+        fill_tables(model)
+        heard = Heard(model)
+        tokens_BN = generate(model, heard, None, ids, valid, Decoding(max_new_tokens=5)).text_BN
+        their_tokens_BN, logits_BNV = theirs(plain_model(model), ids, valid)
+        assert torch.equal(tokens_BN, their_tokens_BN), family
+        assert torch.equal(heard.logits_BNV(), logits_BNV), family
+        count += 1
+    assert count == 53

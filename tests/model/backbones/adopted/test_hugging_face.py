@@ -92,18 +92,39 @@ def test_images_are_scaled_as_the_directory_says(file: str, key: str | None, tmp
     assert (inputs.mean, inputs.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 
 
-@pytest.mark.parametrize("name", ["logits_scaling", "logit_scale", "final_logit_softcapping"])
+@pytest.mark.parametrize(
+    "name", ["logits_scaling", "logit_scale", "final_logit_softcapping", "logits_mup_width_multiplier"]
+)
 def test_heads_of_other_families_scale_or_cap_their_logits(name: str) -> None:
     config = {
         "logits_scaling": {"model_type": "granitemoe", "logits_scaling": 3.0, "num_local_experts": 4},
         "logit_scale": {"model_type": "cohere2_moe", "logit_scale": 0.3, "first_k_dense_replace": 0, "num_experts": 4},
         "final_logit_softcapping": {"model_type": "beam", "final_logit_softcapping": 0.1, "num_experts": 4,
                                     "n_group": 2, "topk_group": 1, "mlp_layer_types": ["sparse"] * 2},
+        "logits_mup_width_multiplier": {"model_type": "inkling_text", "logits_mup_width_multiplier": 4.0,
+                                        "unpadded_vocab_size": 290},
     }[name]  # fmt: skip
     model = small_hugging_face(TEXT | config)
     assert BATCH.text_BL is not None
     output = model(None, BATCH.text_BL, torch.ones_like(BATCH.text_BL, dtype=torch.bool))
-    torch.testing.assert_close(model.predict_text(output.tokens_BSD), model.model(input_ids=BATCH.text_BL).logits)
+    whole = model.model(input_ids=BATCH.text_BL).logits
+    assert torch.equal(model.predict_text(output.tokens_BSD), whole)
+    assert torch.equal(model.predict_text(output.tokens_BSD[:, 1]), whole[:, 1])
+
+
+@pytest.mark.parametrize("config", [OLMOE, QWEN], ids=lambda config: config["model_type"])
+def test_heads_are_asked_without_the_balance_loss(config: dict[str, Any]) -> None:
+    """A configuration may switch it on; a head has no router logits to make it of."""
+    model = small_hugging_face(config | {"output_router_logits": True})
+    model.text_config.output_router_logits = True
+    features_MD = model(None, *BATCH[1:3]).tokens_BSD[:, 0].detach().requires_grad_()
+    logits_MV = model.predict_text(features_MD)
+    assert logits_MV.shape == (4, model.text_config.vocab_size)
+    (gradient_MD,) = torch.autograd.grad(logits_MV.sum(), features_MD)
+    torch.testing.assert_close(gradient_MD, model.text_embedding_VD.sum(dim=0).expand_as(gradient_MD))
+    assert (
+        getattr(model.model, model.model.base_model_prefix)(input_ids=BATCH.text_BL).last_hidden_state.shape[-1] == 32
+    )
 
 
 def test_random_weights_follow_from_the_seed() -> None:
