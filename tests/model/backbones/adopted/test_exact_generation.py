@@ -20,17 +20,44 @@ from lightning_moevlm.contracts.batch import Chat
 from lightning_moevlm.contracts.special_tokens import EOS
 from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions
 from lightning_moevlm.model.backbones import HuggingFaceModel
-from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend
+from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend, takes
 from lightning_moevlm.model.generation import Decoding, generate, generate_replies
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import TopKRouter
 from tests.model.backbones.adopted.small_chat import LLAVA_CHAT, QWEN_CHAT, qwen_processor, save_llava
-from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, small_hugging_face
+from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, TEXT, small_hugging_face
 from tests.model.backbones.adopted.test_chats import PICTURES, TURNS, messages_of, plain_model
 from tests.model.backbones.adopted.test_generation import BATCH, LINEAR, SLIDING
 
 NEW = 5
 """Generated tokens."""
+
+_TOWER = {"depth": 1, "hidden_size": 16, "intermediate_size": 32, "num_heads": 2, "patch_size": 4,
+          "spatial_merge_size": 2}  # fmt: skip
+_ROPE = {"rope_type": "default", "rope_theta": 1e4}
+HYBRID: dict[str, Any] = {
+    "model_type": "qwen3_5_moe",
+    "text_config": TEXT | {key: value for key, value in LINEAR.items() if "linear" in key or key == "layer_types"}
+    | {"shared_expert_intermediate_size": 16},
+    "vision_config": _TOWER | {"out_hidden_size": 32, "temporal_patch_size": 2, "num_position_embeddings": 16},
+}  # fmt: skip
+"""Linear attention behind images."""
+GLM: dict[str, Any] = {
+    "model_type": "glm4v_moe",
+    "text_config": TEXT | {"n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
+                           "first_k_dense_replace": 1,
+                           "rope_parameters": _ROPE | {"mrope_section": [1, 1, 0], "partial_rotary_factor": 0.5}},
+    "vision_config": _TOWER | {"out_hidden_size": 32, "temporal_patch_size": 2, "image_size": 16},
+}  # fmt: skip
+"""A bias and groups behind images."""
+ERNIE: dict[str, Any] = {
+    "model_type": "ernie4_5_vl_moe",
+    "text_config": TEXT | {"moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
+                           "moe_intermediate_size": [16, 8], "mlp_layer_types": ["sparse", "sparse"],
+                           "rope_parameters": _ROPE | {"mrope_section": [1, 1, 2]}},
+    "vision_config": _TOWER | {"in_channels": 3},
+}  # fmt: skip
+"""Experts of one modality."""
 ROUNDING: dict[DType, float] = {"float32": 1e-6, "bfloat16": 2e-2}
 """Of logits below 1."""
 
@@ -101,8 +128,9 @@ def their_texts(
         image_P = torch.full((model.spec.num_patches,), model.config.image_token_id)
     texts = [torch.cat([image_P, BATCH.text_BL[row, :length]]) for row, length in zip(rows, lengths, strict=True)]
     ids_BS, valid_BS = pad_left(texts)
-    if "image_grid_thw" in images:
-        images["mm_token_type_ids"] = (ids_BS == model.config.image_token_id).long()
+    for name in ("mm_token_type_ids", "moe_mm_token_type_ids"):
+        if images and takes(plain.model.forward, name):
+            images[name] = (ids_BS == model.config.image_token_id).long()
     return theirs(plain, ids_BS, valid_BS, **images)
 
 
@@ -122,7 +150,9 @@ def assert_same(found: tuple[Tensor, Heard], expected: tuple[Tensor, Tensor]) ->
 @BACKENDS
 @WAYS
 @pytest.mark.parametrize(
-    "config", [OLMOE, DEEPSEEK, SLIDING, LINEAR, QWEN, LLAVA], ids=lambda config: config["model_type"]
+    "config",
+    [OLMOE, DEEPSEEK, SLIDING, LINEAR, QWEN, LLAVA, HYBRID, GLM, ERNIE],
+    ids=lambda config: config["model_type"],
 )
 def test_every_generated_position_has_the_logits_of_the_unmodified_model(
     config: dict[str, Any], dtype: DType, backend: ExpertsBackend
