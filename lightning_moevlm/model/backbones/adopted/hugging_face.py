@@ -35,7 +35,13 @@ from lightning_moevlm.model.backbones.adopted.routing._adopted_moe import Adopte
 from lightning_moevlm.model.backbones.adopted.routing.adopt import adopt, as_before
 from lightning_moevlm.model.backbones.adopted.routing.current_pass import CurrentPass, Tokens
 from lightning_moevlm.model.backbones.adopted.sizes import Lengths, costs_of, measure, vision_parameters
-from lightning_moevlm.model.backbones.adopted.trained_parts import LoRA, Part, add_adapters, freeze
+from lightning_moevlm.model.backbones.adopted.trained_parts import (
+    LoRA,
+    Part,
+    add_adapters,
+    freeze,
+    leave_out_frozen,
+)
 from lightning_moevlm.model.backbones.adopted.upcycling._upcycled_moe import UpcycledMoE
 from lightning_moevlm.model.backbones.adopted.upcycling.dense import block_of
 from lightning_moevlm.model.backbones.adopted.upcycling.upcycle import UpcycleDense, dense_again, upcycle_dense
@@ -144,6 +150,8 @@ class HuggingFaceModel(Backbone):
         if lora is not None:
             add_adapters(self.model, layers.values(), lora)
         freeze(self.model, list(layers.values()), frozen)
+        if path is not None:
+            leave_out_frozen(self, list(layers.values()), path)
         check_causal(self)
 
     def draw_weights(self, seed: int) -> None:

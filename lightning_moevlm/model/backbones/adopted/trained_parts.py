@@ -1,11 +1,16 @@
-"""Which parts of an adopted model are trained: all but frozen ones, or low-rank adapters (LoRA, arXiv 2106.09685)."""
+"""Which parts of an adopted model are trained: all but frozen ones, or low-rank adapters (LoRA, arXiv 2106.09685).
 
+Weights that are read from a directory and never trained are in no checkpoint, which would be as large as the model.
+"""
+
+import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.common.number_checks import check_number
@@ -13,6 +18,7 @@ from lightning_moevlm.model.backbones.adopted.sizes import is_connector, vision_
 from lightning_moevlm.model.layers import Mixture
 
 Part: TypeAlias = Literal["vision", "connector", "language", "routers", "all_but_routers"]
+_SAMPLED = 64
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,54 @@ def freeze(model: Any, layers: Sequence[Mixture], parts: Sequence[Part]) -> None
             parameter.requires_grad_(False)
     if parts and not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(f"model.backbone.frozen {list(parts)} leaves nothing to train: leave one part out")
+
+
+def leave_out_frozen(owner: nn.Module, layers: Sequence[Mixture], path: str) -> None:
+    """Leave frozen weights out of the state of `owner`, which reads them from `path`, in place.
+
+    The buffer `origin` is saved for them: a hash of some numbers of each. Loading compares it, so a state is never
+    joined with other weights; it raises a `UserError` then. Mixtures keep all that is theirs, which may be drawn.
+    """
+    own = {id(p) for layer in layers for p in layer.parameters()}
+    frozen = {
+        name: p
+        for name, p in owner.named_parameters(remove_duplicate=False)
+        if not p.requires_grad and id(p) not in own
+    }
+    if not frozen:
+        return
+    owner.register_buffer("origin", _digest(frozen))
+    owner.register_state_dict_post_hook(partial(_drop, tuple(frozen)))
+    owner.register_load_state_dict_pre_hook(partial(_supply, tuple(frozen), path))
+
+
+def _drop(names: Sequence[str], module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    for name in names:
+        state.pop(f"{prefix}{name}", None)
+
+
+def _supply(names: Sequence[str], path: str, module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Add the module's own weights to a state that has none of them."""
+    saved = state.get(f"{prefix}origin")
+    if saved is not None and not torch.equal(saved.cpu(), module.get_buffer("origin").cpu()):
+        raise UserError(
+            f"the weights in {path} are not those that this checkpoint was trained from: give model.backbone.path the "
+            "directory, and model.backbone.dtype the dtype, of its training"
+        )
+    here = dict(module.named_parameters(remove_duplicate=False))
+    for name in names:
+        state.setdefault(f"{prefix}{name}", here[name])
+
+
+def _digest(weights: Mapping[str, Tensor]) -> Tensor:
+    """Return a hash of 64 numbers of each tensor, as 32 bytes."""
+    read = hashlib.sha256()
+    for name, weight in weights.items():
+        read.update(name.encode())
+        if not weight.is_meta:
+            numbers = weight.detach().flatten()[:: max(1, weight.numel() // _SAMPLED)][:_SAMPLED]
+            read.update(numbers.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+    return torch.tensor(list(read.digest()), dtype=torch.uint8)
 
 
 def _members(model: Any, layers: Sequence[Mixture]) -> Mapping[Part, list[nn.Parameter]]:

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch.optim import SGD
 
 from lightning_moevlm.contracts.batch import Batch
 from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions
+from lightning_moevlm.model.backbones import LoRA
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import SigmoidBiasRouter
@@ -33,10 +35,10 @@ BALANCES = {
 """Losses of ablations/adopted_qwen3_vl_moe.yaml, over the batch of all ranks; `theirs` is the mean over ranks."""
 
 
-def trained(batch: Batch, start: int, stop: int, ranks: int, balance: str) -> dict[str, Tensor]:
+def trained(batch: Batch, start: int, stop: int, ranks: int, balance: str, **options: Any) -> dict[str, Tensor]:
     """Train on some samples of a batch."""
     rule = partial(SigmoidBiasRouter, top_k=2, score="softmax", update_rate=0.1)
-    backbone = small_hugging_face(QWEN_CHAT, router=rule if balance == "loss_free" else None)
+    backbone = small_hugging_face(QWEN_CHAT, router=rule if balance == "loss_free" else None, **options)
     module = VisionLanguageModule(
         backbone, NextToken, losses=BALANCES.get(balance, BALANCES["none"]),
         optimizer=partial(SGD, lr=0.1), seed=0,
@@ -58,7 +60,9 @@ def results(rank: int, ranks: int) -> Mapping[str, Mapping[str, Tensor]]:
     # of two ranks the first has three texts and one conversation, the second has the others
     of_texts, of_chats = ((0, 8), (0, 4)) if ranks == 1 else (((0, 3), (0, 1)), ((3, 8), (1, 4)))[rank]
     found = {f"texts, {name}": trained(texts, *of_texts, ranks, name) for name in (*BALANCES, "loss_free")}
-    return found | {f"chats, {name}": trained(chats, *of_chats, ranks, name) for name in ("per_modality", "loss_free")}
+    found |= {f"chats, {name}": trained(chats, *of_chats, ranks, name) for name in ("per_modality", "loss_free")}
+    tuned = {"lora": LoRA(rank=2), "gradient_checkpointing": True}
+    return found | {"chats, per_modality, adapters": trained(chats, *of_chats, ranks, "per_modality", **tuned)}
 
 
 if __name__ == "__main__":

@@ -160,6 +160,32 @@ def test_directories_are_loaded_and_keep_their_weights(saved: tuple[HuggingFaceM
     assert torch.equal(output.plans[0].plan.logits_TE, expected.plans[0].plan.logits_TE)
 
 
+@pytest.mark.parametrize("options", [{"lora": LoRA(rank=2)}, {"frozen": ("all_but_routers",)}])
+def test_checkpoints_hold_no_weights_that_stay_those_of_the_directory(
+    saved: tuple[HuggingFaceModel, str], options: dict[str, Any], tmp_path: Path
+) -> None:
+    load = partial(HuggingFaceModel, image_size=16, vocab_size=300, max_text_len=8, **options)
+    model = VisionLanguageModule(load(saved[1]), NextToken, seed=0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.add_(0.1)
+    state = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert state.keys() == trained | {"backbone.origin"}
+    other = VisionLanguageModule(load(saved[1]), NextToken, seed=0)
+    other.load_state_dict(copy.deepcopy(state))
+    ours, theirs = (each.backbone(None, *BATCH[1:3]).tokens_BSD for each in (model, other))
+    assert torch.equal(ours, theirs)
+    changed = modeling_olmoe.OlmoeForCausalLM.from_pretrained(saved[1])
+    changed.model.layers[0].self_attn.q_proj.weight.data.mul_(1.01)
+    changed.save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"are not those that this checkpoint was trained from: give model\.backbone\.p"
+    ):
+        VisionLanguageModule(load(str(tmp_path)), NextToken, seed=0).load_state_dict(state)
+
+
 def test_nothing_is_fetched_and_mistakes_are_explained(saved: tuple[HuggingFaceModel, str]) -> None:
     sizes = {"image_size": 16, "vocab_size": 300, "max_text_len": 8}
     for options, message in (
