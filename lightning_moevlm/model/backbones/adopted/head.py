@@ -9,6 +9,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lightning_moevlm.common.errors import UserError
+
 
 def predict(model: Any, features: Tensor) -> Tensor:
     """Return logits, (..., V), of features (..., D) with at least one axis before the last.
@@ -16,6 +18,9 @@ def predict(model: Any, features: Tensor) -> Tensor:
     Args:
         model: with a head for next tokens.
         features: last hidden states of its body.
+
+    Raises:
+        UserError: a head that calls a part of the body, as those of BART and ProphetNet do.
     """
     features_BSD = features if features.ndim == 3 else features.reshape(1, -1, features.shape[-1])
     whole, prefix = copy.copy(model), model.base_model_prefix
@@ -26,14 +31,21 @@ def predict(model: Any, features: Tensor) -> Tensor:
 
 
 class _Computed(nn.Module):
-    """Answers with features; has the other attributes of the body in whose place it stands."""
+    """Answers with features; has the numbers, but not the parts, of the body in whose place it stands."""
 
     def __init__(self, body: nn.Module, features_BSD: Tensor) -> None:
         super().__init__()
         self._body, self._features_BSD = (body,), features_BSD  # in a tuple: not a part
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_body"][0], name)
+        (body,) = self.__dict__["_body"]
+        found = getattr(body, name)
+        if isinstance(found, nn.Module):  # it would run instead of answering with the features
+            raise UserError(
+                f"the logits of models around {type(body).__name__} are made through its `{name}`, so they cannot be "
+                "made of features alone: choose a model of another family"
+            )
+        return found
 
     def forward(self, *_: Any, **__: Any) -> "_Answer":
         return _Answer(last_hidden_state=self._features_BSD)

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BartConfig, BartForCausalLM
 from transformers.models.olmoe import modeling_olmoe
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -25,6 +26,7 @@ from lightning_moevlm.configuration.resolver import ConfigResolver, describe_mod
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.model.backbones import HuggingFaceModel, LoRA
 from lightning_moevlm.model.backbones.adopted.export.give_back import give_back_routers
+from lightning_moevlm.model.backbones.adopted.head import predict
 from lightning_moevlm.model.backbones.adopted.images import image_inputs
 from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import Contrastive, MaskedModelling, NextToken
@@ -125,6 +127,14 @@ def test_heads_are_asked_without_the_balance_loss(config: dict[str, Any]) -> Non
     assert (
         getattr(model.model, model.model.base_model_prefix)(input_ids=BATCH.text_BL).last_hidden_state.shape[-1] == 32
     )
+
+
+def test_heads_that_run_parts_of_the_body_are_refused() -> None:
+    sizes = {"encoder_layers": 1, "decoder_layers": 1, "d_model": 8, "encoder_attention_heads": 2,
+             "decoder_attention_heads": 2, "decoder_ffn_dim": 8, "encoder_ffn_dim": 8, "vocab_size": 20}  # fmt: skip
+    model = BartForCausalLM(BartConfig(**sizes))
+    with pytest.raises(UserError, match=r"around BartDecoderWrapper are made through its `decoder`.*another family"):
+        predict(model, torch.zeros(2, 8))
 
 
 def test_random_weights_follow_from_the_seed() -> None:
