@@ -44,9 +44,10 @@ def machine() -> dict[str, str]:
 
 
 def own_file() -> Path:
-    """Return the file of this machine's timings."""
+    """Return the file of this machine's timings; versions of this package whose cases differ have one each."""
     folder = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(folder) / "lightning-moevlm" / f"dispatch-{digest_text(json.dumps(machine()))}.json"
+    name = digest_text(json.dumps([machine(), Case._fields]))
+    return Path(folder) / "lightning-moevlm" / f"dispatch-{name}.json"
 
 
 def own_table(path: Path) -> Table:

@@ -195,6 +195,13 @@ def test_another_cpu_of_the_same_name_has_another_table(cache_folder: Path, monk
     assert len({one, two, own_file()}) == 3
 
 
+def test_a_version_with_other_cases_has_another_table(cache_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two versions run side by side: a pinned study, and the newest for everything else."""
+    own = own_file()
+    monkeypatch.setattr(own_table.Case, "_fields", (*Case._fields, "more"))
+    assert own_file() != own
+
+
 def test_a_cache_that_cannot_be_written_leaves_the_shipped_table_and_says_so(
     tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
