@@ -1,5 +1,6 @@
 """`moevlm sweep run` on every engine with real training: the same study file, the same runs in MLflow."""
 
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -9,6 +10,7 @@ import pytest
 from mlflow import MlflowClient
 
 from lightning_moevlm.tracking.read.runs import find_runs
+from tests.study.fake_slurm import LIMIT, install
 
 ENGINES = {"local": (), "slurm": ("--engine.cluster", "local", "--engine.cpus", "1"), "ray": ()}
 BY_THE_CLOCK = ("throughput/", "time/", "system/", "memory/")
@@ -47,6 +49,27 @@ def test_same_study_same_content(
     assert len(points) > 20
     assert contents["slurm"] == contents["local"]
     assert contents["ray"] == contents["local"]
+
+
+@pytest.mark.skipif(find_spec("submitit") is None, reason="submitit is not installed: pip install '.[slurm]'")
+def test_every_option_of_the_line_for_a_cluster_reaches_sbatch(
+    moevlm: Callable[..., str], study: Callable[..., str], workplace: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The line of conf/hugging_face/README.md, with an account and a quality of service, against a full queue."""
+    monkeypatch.setenv("PATH", f"{install(workplace / 'slurm')}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv(LIMIT, "0")
+    options = {"partition": "gpu", "gpus": "1", "cpus": "8", "mem_gb": "200", "minutes": "600"}
+    words = [word for name, value in options.items() for word in (f"--engine.{name}", value)]
+    words += ["--engine.account", "lab", "--engine.qos", "long"]
+    told = moevlm("sweep", "run", study(), "--engine", "slurm", *words, code=2)
+    assert "sbatch refused the job" in told
+    lines = (workplace / "slurm/refused").read_text().splitlines()
+    for option in (
+        "--partition=gpu", "--gpus-per-node=1", "--cpus-per-task=8", "--mem=200GB", "--time=600", "--account=lab",
+        "--qos=long", "--requeue", "--job-name=line/baseline-seed0",
+    ):  # fmt: skip
+        assert f"#SBATCH {option}" in lines
+    assert "--cpus-per-task=8" in next(line for line in lines if line.startswith("srun ")).split()
 
 
 def content(client: MlflowClient, run_id: str) -> tuple[dict[str, str], dict[str, list[tuple[int, float]]]]:

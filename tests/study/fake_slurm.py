@@ -51,6 +51,7 @@ def main(home: str, name: str, *words: str) -> int:
 def sbatch(jobs: Path, home: str, script: Path) -> int:
     there = [job for job in jobs.iterdir() if (job / "state").read_text() not in _OVER]
     if len(there) >= int(os.environ.get(LIMIT, "99")):
+        jobs.with_name("refused").write_text(script.read_text())
         print("sbatch: error: QOSMaxSubmitJobPerUserLimit", file=sys.stderr)
         return 1
     number = str(1 + len(list(jobs.iterdir())))

@@ -119,6 +119,8 @@ def _explain_option(complaints: Sequence[Complaint], where: str, types: Types) -
     if not types:
         return f"{each.text}; --help lists the options"
     if not any("." in key for key in types):
+        if option.split(".")[0] in ("data", "model", "trainer"):
+            return f"there is no option --{option} here: write it into a file, and give that with -c after the others"
         return f"there is no option --{option}; {_hint(option, list(types), '--')}--help lists the options"
     above, name, names = _first_unknown_key(option, types)
     near = find_nearest(name, names)

@@ -11,6 +11,7 @@ each one stands. Only ids of answers, their ends included, are to be predicted.
 """
 
 import hashlib
+import inspect
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ TURNS = "turns"
 _NOT_OF_IMAGES = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids", "moe_mm_token_type_ids"}
 _KEPT_FILES = ("*.json", "*.jinja", "*.model", "merges.txt", "vocab.txt")
 _LARGE = "*.index.json"  # of weights
+_OF_LOADING = ("trust_remote_code", "revision", "use_fast", "backend", "padding_side", "truncation_side")
+"""Options that transformers reads before those of images."""
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ class ChatMaker:
             self._tokenizer(processor), "chat_template", ""
         ):
             raise UserError(f"{place} has no chat template: set data.chat.template to a file with one")
+        self._refuse_unread(processor)
         return processor
 
     @property
@@ -282,6 +286,18 @@ class ChatMaker:
             modality_S[is_image_S] = int(Modality.IMAGE)
         of_images = {name: values for name, values in made.items() if name not in _NOT_OF_IMAGES}
         return ids_S.tolist(), modality_S, of_images
+
+    def _refuse_unread(self, processor: Any) -> None:
+        """Refuse options of images that the processor would pass over, as transformers does."""
+        parts = [getattr(processor, name, None) for name in ("image_processor", "video_processor")]
+        read = {name for part in parts for name in getattr(getattr(part, "valid_kwargs", None), "__annotations__", ())}
+        others = {*_OF_LOADING, *inspect.signature(type(processor).__init__).parameters}
+        for name in self.options.options:
+            if read and name not in read | others:
+                raise UserError(
+                    f"data.chat.options has {name}, which {type(processor.image_processor).__name__} of "
+                    f"{self.options.processor} does not read: name some of {', '.join(sorted(read))}"
+                )
 
     @contextmanager
     def _explained(self, part: str, remedy: str) -> Iterator[None]:

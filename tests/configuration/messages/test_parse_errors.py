@@ -234,6 +234,10 @@ def test_mistakes_in_options_are_explained_at_their_place(
         ),
         (["list", "foo"], "kind: foo is not a valid value; give backbones, layers, routers, "),
         (["sweep", "run", "x.yaml", "--job", "2"], "there is no option --job; did you mean --jobs?"),
+        (
+            ["describe", "-c", "x.yaml", "--model.seed", "2"],
+            "no option --model.seed here: write it into a file, and give",
+        ),
         (["bench", "layer", "--round", "1"], "did you mean --rounds?"),
         (["data", "build", "scenes", "--num-sample", "3"], "did you mean --num_samples?"),
         (["data", "build", "scenes", "--image-format", "gif"], "gif is not a valid value; give jpg or png"),

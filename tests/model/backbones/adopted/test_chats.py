@@ -356,6 +356,8 @@ def test_mistakes_are_explained(llava: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"processor": str(tmp_path / "nothing")}, "cannot be loaded.*give the directory of a model"),
         ({"max_len": 10}, r"have \d+ tokens, and data.chat.max_len is 10: raise it"),
+        ({"options": {"max_pixels": 64}}, "LlavaImageProcessor.* does not read: name some of .* size"),
+        ({"options": {"size": {"height": "x", "width": 2}}}, "the processor of .* refuses a conversation: .*Error"),
         ({"template": str(tmp_path / "none.jinja")}, "data.chat.template .* cannot be read"),
         (
             {"template": str(tmp_path / "open.jinja")},

@@ -98,3 +98,31 @@ def test_sigint_cancels_the_jobs(tmp_path, uri, cluster):
     state = read_state(plan.run_folder(plan.runs[0]))
     assert state.status is Status.INTERRUPTED
     assert (cluster / state.job / "state").read_text() == "CANCELLED"
+
+
+@pytest.mark.slow
+def test_job_that_crashes_and_job_whose_node_dies(tmp_path, uri, cluster):
+    """The first has failed, with its last lines and no second try; the second resumes from its checkpoint."""
+    study = {
+        "seeds": [0], "budget": {"max_steps": 40},
+        "arms": {"baseline": None, "crash": {"model.crash_at": 2}},
+    }  # fmt: skip
+    file = write_project(tmp_path, uri, study, SLOW)
+    plan = plan_of(file)
+    parent = start_sweep(file, "fake_slurm")
+    wait_for(lambda: by_seed(plan)[1].status is Status.FAILED)
+    crashed = by_seed(plan)[1]
+    assert (crashed.attempts, crashed.exit_code) == (1, 1)
+    assert any("told to crash" in line for line in crashed.log_tail)
+    wait_for(lambda: (cluster / crashed.job / "state").read_text() == "COMPLETED")  # the job itself did its work
+    wait_for_checkpoints(plan)
+    first = by_seed(plan)[0]
+    work = [p for p in processes("submitit.core._submit") if str(tmp_path) in " ".join(p.cmdline())]
+    for process in (*work, *trainings(tmp_path)):  # the first would write down how the second ended
+        process.kill()
+    wait_for(lambda: (cluster / first.job / "state").read_text() == "FAILED")
+    out, _ = parent.communicate(timeout=120)
+    assert out.splitlines().count("start baseline-seed0") == 2
+    done = by_seed(plan)[0]
+    assert (done.status, done.attempts, done.run_id) == (Status.FINISHED, 2, first.run_id)
+    assert (plan.run_folder(plan.runs[0]) / "log.txt").read_text().count("training from step") == 2
