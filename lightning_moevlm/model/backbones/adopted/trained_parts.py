@@ -23,7 +23,7 @@ _SAMPLED = 64
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters beside frozen matrices; needs peft, of the extra `hf`.
+    """Low-rank adapters beside frozen matrices, in fp32 as peft has them; needs peft, of the extra `hf`.
 
     Args:
         rank: of each adapter.
@@ -77,6 +77,8 @@ def add_adapters(model: nn.Module, layers: Iterable[Mixture], options: LoRA) -> 
             raise UserError(f"lora.targets {list(options.targets)}: {str(error).split(chr(10))[0]}") from error
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
+        if "lora_" in name:
+            parameter.data = parameter.data.float()  # in bf16 most steps of a small rate would be rounded away
     for layer in layers:
         if options.train_routers:
             layer.router.requires_grad_()

@@ -36,6 +36,7 @@ from tests.conftest import PROJECT
 from tests.model.backbones.adopted.small_hugging_face import LLAVA, OLMOE, QWEN, TEXT, small_hugging_face
 from tests.small_model import pair_batch
 from tests.training.callbacks.asked_run import Tagged
+from tests.training.small_fit import fit
 
 BATCH = pair_batch()
 
@@ -320,3 +321,20 @@ def test_files_that_lack_weights_are_refused(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=rf"lack {re.escape(router)}, and OlmoeForCausalLM would draw them at random"):
         HuggingFaceModel(path=str(tmp_path), image_size=16, vocab_size=300, max_text_len=8)
+
+
+def test_adapters_of_a_narrow_model_are_fp32_and_take_small_steps() -> None:
+    """A step of 1e-4 moves every number of an adapter; in bf16 most numbers of 0.1 would stay."""
+    model = small_hugging_face(QWEN, dtype="bfloat16", lora=LoRA(rank=2))
+    module = VisionLanguageModule(model, NextToken, optimizer=partial(AdamW, lr=1e-4, weight_decay=0.0), seed=0)
+    adapters = {name: p for name, p in model.named_parameters() if "lora_A" in name}
+    assert {p.dtype for p in adapters.values()} == {torch.float32}
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
+                p.fill_(0.1)  # they start at 0, and then no gradient reaches the others
+    before = {name: p.detach().clone() for name, p in adapters.items()}
+    fit(module, 1, batches=[BATCH])
+    moved = [float((p != before[name]).float().mean()) for name, p in adapters.items()]
+    assert min(moved) > 0.9
+    assert model(*BATCH[:3]).tokens_BSD.dtype == torch.bfloat16
