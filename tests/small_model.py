@@ -1,6 +1,7 @@
 """A VL-MoE small enough to build in milliseconds, and batches for it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, Literal, TypedDict, Unpack
 
@@ -186,3 +187,14 @@ def pair_batch(num_samples: int = 4, *, seed: int = 0) -> Batch:
     begin, end, padding = ends
     text = torch.cat([begin, words, end, padding], dim=1)
     return Batch(images, text, text != 0, tuple(f"sample{index}" for index in range(num_samples)))
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """Change torch's default dtype, as Lightning does within a step under bf16-true."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)

@@ -8,7 +8,7 @@ from lightning_moevlm.contracts.special_tokens import EOS
 from lightning_moevlm.model.dispatch import Capacity
 from lightning_moevlm.model.generation import likelihood, rate_answers
 from tests.model.test_generation import BUILDERS, model, prompts, run
-from tests.small_model import small_limoe
+from tests.small_model import default_dtype, small_limoe
 
 
 @pytest.mark.parametrize("name", ["limoe", "vl_moe", "decoder"])
@@ -39,6 +39,16 @@ def test_prompts_are_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first > sum(more)
     monkeypatch.setattr(likelihood, "_MOST_ROWS", 1)
     torch.testing.assert_close(rate_answers(backbone, logits, *batch[:3], answers), together)  # type: ignore[arg-type]
+
+
+def test_ratings_are_fp32_under_bf16_true() -> None:
+    """Lightning changes the default dtype within a step; rounded ratings would be alike."""
+    backbone, logits = model(BUILDERS["decoder"])
+    batch = prompts()
+    expected = rate_answers(backbone, logits, *batch[:3], [[7, EOS], [8, EOS]])  # type: ignore[arg-type]
+    with default_dtype(torch.bfloat16):
+        found = rate_answers(backbone, logits, *batch[:3], [[7, EOS], [8, EOS]])  # type: ignore[arg-type]
+    assert torch.equal(found, expected) and found.dtype is torch.float32
 
 
 def test_what_cannot_be_rated_is_refused() -> None:

@@ -122,7 +122,7 @@ def choices_of(plans: Sequence[PlacedPlan], reader: LabelReader, batch: Batch) -
         columns = _columns(named, len(rows), patches)
         plan = named.plan
         if named.layer not in found:
-            empty = torch.zeros(*shape, plan.num_experts)
+            empty = torch.zeros(*shape, plan.num_experts, dtype=torch.float32)
             seen_BS = torch.zeros(shape, dtype=torch.bool)
             found[named.layer] = LayerChoices(named.layer, named.block, seen_BS, empty, empty.clone(), empty.clone())
         into = found[named.layer]
@@ -139,7 +139,7 @@ def _dense(plan: RoutingPlan) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         share_TE = plan.probs_TE * valid_T1
         return plan.valid_T, share_TE, share_TE, share_TE
     pair_N = plan.token_N * plan.num_experts + plan.expert_N
-    flat = torch.zeros(plan.num_tokens * plan.num_experts, device=pair_N.device)
+    flat = torch.zeros(plan.num_tokens * plan.num_experts, dtype=torch.float32, device=pair_N.device)
     chosen = flat.index_add(0, pair_N, plan.chosen_N.float()).clamp(max=1)
     weight = flat.index_add(0, pair_N, torch.where(plan.chosen_N, plan.weight_N.float(), 0.0))
     shape = (plan.num_tokens, plan.num_experts)

@@ -163,7 +163,7 @@ def _continue(
     draws = Draws(decoding.seed)
     row_B = torch.arange(len(room_B), device=room_B.device)
     chosen: list[Tensor] = []
-    log_prob_B = torch.zeros(len(room_B), device=room_B.device)
+    log_prob_B = torch.zeros(len(room_B), dtype=torch.float32, device=room_B.device)
     logits_BV = logits(features_BD)
     for step in range(int(room_B.max())):
         going_B = room_B > step
@@ -214,10 +214,10 @@ def _search(
     first_B1 = torch.arange(num_texts, device=logits_BV.device).unsqueeze(1) * num_beams
     select(torch.arange(num_texts, device=logits_BV.device).repeat_interleave(num_beams))
     logits_BV = logits_BV.repeat_interleave(num_beams, dim=0)
-    score_BK = torch.full((num_texts, num_beams), -torch.inf, device=logits_BV.device)
+    score_BK = torch.full((num_texts, num_beams), -torch.inf, dtype=torch.float32, device=logits_BV.device)
     score_BK[:, 0] = 0.0  # all beams are alike at first
     text_RN = torch.empty(num_texts * num_beams, 0, dtype=torch.int64, device=logits_BV.device)
-    length_BK = torch.zeros(num_texts, num_beams, device=logits_BV.device)
+    length_BK = torch.zeros(num_texts, num_beams, dtype=torch.float32, device=logits_BV.device)
     is_done_BK = torch.zeros(num_texts, num_beams, dtype=torch.bool, device=logits_BV.device)
     for step in range(int(room_B.max())):
         is_done_BK = is_done_BK | (room_B <= step).unsqueeze(1)

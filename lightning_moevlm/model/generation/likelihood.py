@@ -82,7 +82,7 @@ def _rate(
     device, num_prompts = past.length_B.device, len(past.length_B)
     row_B = torch.arange(num_prompts, device=device)
     first_BV = logits(features_BSD[row_B, past.length_B - 1]).float().log_softmax(dim=-1)
-    rated_BA = torch.empty(num_prompts, len(answers), device=device)
+    rated_BA = torch.empty(num_prompts, len(answers), dtype=torch.float32, device=device)
     for places, answer_CN in _alike(answers, max(1, _MOST_ROWS // num_prompts)):
         token_RN = answer_CN.to(device).repeat(num_prompts, 1)
         row_R = row_B.repeat_interleave(len(places))

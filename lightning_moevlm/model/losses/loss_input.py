@@ -15,6 +15,7 @@ class RoutedLayer(NamedTuple):
     adds_noise, mixes: see `Router`.
     has_rows: whether `LossInput.rows` will be there.
     rows_fit_experts: whether they are one per expert, of the width of a token.
+    has_logits: see `Router`.
     """
 
     router: str
@@ -23,6 +24,7 @@ class RoutedLayer(NamedTuple):
     mixes: bool
     has_rows: bool
     rows_fit_experts: bool = False
+    has_logits: bool = True
 
 
 class LayerCounts(NamedTuple):

@@ -104,7 +104,7 @@ class AnswerClassification(Objective):
 
     def targets(self, answers: Answers, device: torch.device) -> Tensor:
         """Return the target of every answer of the list, fp32 (B, A)."""
-        target_BA = torch.zeros(len(answers.given), len(self.answers))
+        target_BA = torch.zeros(len(answers.given), len(self.answers), dtype=torch.float32)
         for row_A, given in zip(target_BA, answers.given, strict=True):
             for answer in set(given):
                 if answer in self._class_of:

@@ -40,6 +40,7 @@ class Router(Module):
     tally_size: number of counts that `rebalance` needs beside the loads, see `tally`.
     num_free: number of its experts, the last ones, that compute nothing, see `set_free`.
     keeps_dtype: computes in a dtype of its own, which no precision policy changes.
+    has_logits: its logits are those that it chooses by; False: logarithms of its probabilities stand in for them.
     """
 
     competes = False
@@ -53,6 +54,7 @@ class Router(Module):
     tally_size = 0
     num_free = 0
     keeps_dtype = False
+    has_logits = True
     region: Region = "router"
 
     def __init__(self, dim: int, num_experts: int, gate: Gate = Gate()) -> None:

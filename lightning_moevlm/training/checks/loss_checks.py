@@ -28,4 +28,5 @@ def _describe(layer: Mixture) -> RoutedLayer:
         mixes=layer.router.mixes,
         has_rows=rows is not None,
         rows_fit_experts=rows is not None and rows.shape == layer.experts.stacks()[0].shape[:2],
+        has_logits=layer.router.has_logits,
     )

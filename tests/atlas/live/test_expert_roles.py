@@ -60,12 +60,17 @@ def test_metrics_by_hand() -> None:
 
 
 def train(
-    root: Path, callback: Callback | None, router: Callable[[int, int], Router] = TopKRouter, steps: int = 5
+    root: Path,
+    callback: Callback | None,
+    router: Callable[[int, int], Router] = TopKRouter,
+    steps: int = 5,
+    precision: Any = "32-true",
 ) -> tuple[Points, dict[str, Tensor]]:
     module, logger = VisionLanguageModule(small_model(router), init_std=0.2), Recorder()
     Trainer(
         accelerator="cpu", max_steps=steps, callbacks=[callback] if callback else [], logger=logger,
         enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False, limit_val_batches=0,
+        precision=precision,
     ).fit(module, datamodule=open_data(root))  # fmt: skip
     return logger.points, module.state_dict()
 
@@ -95,7 +100,7 @@ def test_a_planted_specialist_is_seen_and_training_left_alone(many_scenes: Path)
 
 def test_the_untrained_model_and_the_last_step_are_points(many_scenes: Path) -> None:
     callback = ExpertRoles(every_n_steps=100, num_samples=8)
-    points, _ = train(many_scenes, callback, steps=1)
+    points, _ = train(many_scenes, callback, steps=1, precision="bf16-true")
     assert {step for step, point in points.items() if any(key.startswith("expert_nmi/") for key in point)} == {0, 1}
 
 

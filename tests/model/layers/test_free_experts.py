@@ -158,7 +158,10 @@ def test_the_bias_steers_how_many_experts_compute(target: float) -> None:
         ("SoftRouter mixes tokens and chooses none", lambda: moe(SoftRouter)),
         ("moe.free has no expert", lambda: FreeExperts(16, 0, 0, 0)),
         ("moe.free.num_copy is -1", lambda: FreeExperts(16, num_copy=-1)),
-        ("no expert is: set moe.free", lambda: moe(partial(SigmoidBiasRouter, target_k=1.0), free=None)),
+        (
+            "no expert is: set router.target_k to null, or moe.free",
+            lambda: moe(partial(SigmoidBiasRouter, target_k=1.0), free=None),
+        ),
         ("target_k is 3", lambda: moe(partial(SigmoidBiasRouter, target_k=3.0))),
         ("update SMEBU makes the loads of all", lambda: moe(partial(SigmoidBiasRouter, update=SMEBU()))),
         ("update QuantileUpdate makes", lambda: moe(partial(SigmoidBiasRouter, update=QuantileUpdate()))),

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Optimizer
 
 from lightning_moevlm.contracts import metric_keys
+from lightning_moevlm.contracts.routing_plan import PairPlan, RoutingInput
 from lightning_moevlm.contracts.schedules import Ramp
 from lightning_moevlm.contracts.step_records import PlanSize, Term
 from lightning_moevlm.model.layers import MoEFFN
@@ -29,7 +31,7 @@ from lightning_moevlm.model.losses import (
     RouterOrthogonality,
     RouterZ,
 )
-from lightning_moevlm.model.routers import FixedRouter, NoisyTopKRouter, ReLURouter
+from lightning_moevlm.model.routers import FixedRouter, NoisyTopKRouter, ReLURouter, TopKRouter
 from lightning_moevlm.training import Actions, VisionLanguageModule
 from lightning_moevlm.training.actions import FreezeRouter
 from lightning_moevlm.training.optim import GroupOptions
@@ -207,6 +209,27 @@ def test_a_loss_at_its_minimum_is_idle() -> None:
             nn.init.zeros_(layer.router.weight_ED)  # all experts alike: CV = 0, and so is its gradient
     receipts, _ = asked(module)
     assert receipts["losses.importance"].startswith("idle: no gradient on router weights here")
+
+
+class TurnRouter(TopKRouter):
+    """Tokens choose experts in turn, so that loads are equal."""
+
+    def forward(self, inputs: RoutingInput) -> PairPlan:
+        plan = super().forward(inputs)
+        expert_N = (plan.token_N + torch.arange(len(plan.token_N)) // plan.num_tokens) % plan.num_experts
+        return plan._replace(expert_N=expert_N, weight_N=plan.probs_TE[plan.token_N, expert_N])
+
+
+@pytest.mark.parametrize("scope", ["micro_batch", "global"])
+def test_equal_loads_are_idle_and_dead_if_they_can_be_no_others(scope: Any) -> None:
+    """Equal loads times probabilities add up to the same for all probabilities."""
+
+    def module(top_k: int) -> VisionLanguageModule:
+        backbone = small_vl_moe(router=partial(TurnRouter, top_k=top_k), num_experts=4, sparse_modalities=("image",))
+        return VisionLanguageModule(backbone, losses=AuxiliaryLosses(LoadBalance(scope=scope), None))
+
+    assert asked(module(2))[0]["losses.load_balance"].startswith("idle: no gradient on router weights here; a plan")
+    refused(module(4), "losses.load_balance", "it is constant")
 
 
 def test_a_loss_on_a_router_that_training_has_saturated_is_idle() -> None:

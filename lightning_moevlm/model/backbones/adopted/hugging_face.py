@@ -213,6 +213,11 @@ class HuggingFaceModel(Backbone):
                     f"{type(self.model).__name__} has no vision tower: give its sources `modality: text`, or choose a "
                     "vision-language model"
                 )
+            if takes(getattr(self.model, self.model.base_model_prefix).forward, "image_position_ids"):
+                raise UserError(
+                    f"{type(self.model).__name__} takes positions of patches, which its own processor makes alone: set "
+                    "data.chat.processor to the directory of the model"
+                )
             seen = self.images(images_BRYX, self.model.dtype)
             shape = (len(images_BRYX), self.spec.num_patches)
             ids.append(torch.full(shape, self.config.image_token_id, device=images_BRYX.device))

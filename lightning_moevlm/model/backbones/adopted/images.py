@@ -47,8 +47,11 @@ class ImageInputs(NamedTuple):
 
     def __call__(self, images_BRYX: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
         """Return the arguments of a forward pass over these uint8 images."""
-        mean, std = (torch.tensor(values, device=images_BRYX.device).view(-1, 1, 1) for values in (self.mean, self.std))
-        pixels_BRYX = (images_BRYX.float() / 255 - mean) / std
+        mean_R11, std_R11 = (
+            torch.tensor(values, dtype=torch.float32, device=images_BRYX.device).view(-1, 1, 1)
+            for values in (self.mean, self.std)
+        )
+        pixels_BRYX = (images_BRYX.float() / 255 - mean_R11) / std_R11
         if not self.frames:
             return {"pixel_values": pixels_BRYX.to(dtype)}
         count, channels = pixels_BRYX.shape[:2]

@@ -61,13 +61,24 @@ def measure(model: Any, left_out: set[int]) -> Sizes:
 
 def costs_of(config: Any, sizes: Sizes, lengths: Lengths, dim: int) -> Costs:
     """Return the costs of everything but the mixtures, of one sequence; config: of the language model."""
-    heads = config.num_attention_heads
-    width = heads * (getattr(config, "head_dim", None) or dim // heads)
+    width = sum(_width_of_heads(layer, dim) for layer in _layers_of(config))  # of all layers
     embeddings = sizes.vision * lengths.patches + sizes.connector * lengths.image
     language = sizes.language * lengths.total
     return Costs(
         embeddings=2.0 * embeddings,
-        attention=4.0 * lengths.total**2 * width * config.num_hidden_layers,
+        attention=4.0 * lengths.total**2 * width,
         feed_forward=2.0 * language,
         kept_by_products=(embeddings + language) / dim,
     )
+
+
+def _layers_of(config: Any) -> list[Any]:
+    """Return the configuration of each layer; those of Gemma 4 and Step-3.7 differ in the size of their heads."""
+    if getattr(config, "is_heterogeneous", False):
+        return [config.per_layer_config[layer] for layer in range(config.num_hidden_layers)]
+    return [config] * config.num_hidden_layers
+
+
+def _width_of_heads(config: Any, dim: int) -> int:
+    heads: int = config.num_attention_heads
+    return heads * (getattr(config, "head_dim", None) or dim // heads)

@@ -8,8 +8,9 @@ from typing import final
 
 from torch import Tensor
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.schedules import Schedule
-from lightning_moevlm.model.losses.loss_input import LossInput
+from lightning_moevlm.model.losses.loss_input import LossInput, RoutedLayer
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 
 
@@ -28,6 +29,18 @@ class RouterZ(PlanLoss):
     def adds_up(self) -> bool:
         """True: a mean over tokens."""
         return True
+
+    def check(self, layer: RoutedLayer) -> None:
+        """Refuse a router that gives probabilities alone.
+
+        Raises:
+            UserError: with what to change.
+        """
+        if not layer.has_logits:
+            raise UserError(
+                "losses.router_z keeps logits small, and the router of this model gives probabilities, whose logsumexp "
+                "is 0: set losses.router_z to null, or choose model.backbone.router TopKRouter"
+            )
 
     def sums(self, inputs: LossInput) -> Tensor:
         """Return the sum of squares, a scalar."""

@@ -71,9 +71,9 @@ class VQAAccuracy(Measure):
         """Add questions; those without an answer are left out."""
         for predicted, given, kind in zip(*answered, strict=True):
             if given:
-                self._sums.add((kind, None), torch.tensor([vqa_accuracy(predicted, given), 1.0]))
+                self._sums.add((kind, None), _float32(vqa_accuracy(predicted, given), 1.0))
                 for answer in {normalise_answer(each) for each in given}:
-                    self._sums.add((kind, answer), torch.tensor([vqa_accuracy(answer, given), 0.0]))
+                    self._sums.add((kind, answer), _float32(vqa_accuracy(answer, given), 0.0))
 
     def compute(self, stage: str) -> Measured:
         """Return the scores under their keys."""
@@ -102,3 +102,8 @@ class VQAAccuracy(Measure):
     def reset(self) -> None:
         """Forget all batches."""
         self._sums.reset()
+
+
+def _float32(*values: float) -> torch.Tensor:
+    """Return them in fp32; bf16-true has another default dtype within a step."""
+    return torch.tensor(values, dtype=torch.float32)

@@ -116,8 +116,8 @@ class SigmoidBiasRouter(LinearRouter):
         super().set_free(num_free)
         if self.target_k is not None and not num_free:
             raise UserError(
-                "router.target_k steers how many choices are not free, and no expert is: set moe.free, or "
-                "router.target_k to null"
+                "router.target_k steers how many choices are not free, and no expert is: set router.target_k to null, "
+                "or moe.free, which models of transformers lack"
             )
         if num_free and not isinstance(self.update, str):
             raise UserError(

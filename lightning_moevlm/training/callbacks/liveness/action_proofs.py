@@ -119,7 +119,7 @@ def _receipt(name: str, rehearsal: Rehearsal, trainer: Trainer, proof: _Proof) -
     if "attention" in action.needs and not rehearsal.output.attention:
         return switch.dead(
             "it never gets its input: the objective returns no attention logits",
-            f"let the objective return `attention`, or set model.{switch.name} to null",
+            f"choose a model with attention of ours, not of transformers, or set model.{switch.name} to null",
         )
     routed = [named for named in rehearsal.output.plans if isinstance(named.plan, PairPlan)]
     if "load" in action.needs and not routed:

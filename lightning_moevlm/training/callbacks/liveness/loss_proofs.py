@@ -248,6 +248,9 @@ def _target_parameters(rehearsal: Rehearsal, on_routing: bool) -> Iterable[nn.Pa
 def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[LossInput]]:
     """Return plans with noise on their logits and the first expert's raised, and their new leaves.
 
+    A push above 0 also gives the first expert the choices of the last one: where loads are equal by chance, a loss on
+    loads times probabilities is constant. If each token uses all experts, they are always equal, and stay so.
+
     Logits are scaled to a root mean square of 1 at most: in a saturated router every probability is 0 or 1, and no
     push would give a loss on them a gradient. Rows of the router are scaled alike, and each moves to the next expert:
     experts that answer strongest to their own rows would leave a coupling loss at 0.
@@ -261,6 +264,7 @@ def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[
 
     for one in inputs:
         plan = one.plan
+        moves = push > 0 and isinstance(plan, PairPlan) and len(plan.token_N) < plan.num_tokens * plan.num_experts
         size = plan.logits_TE.detach().float().square().mean().sqrt().clamp(min=1.0)
         logits_TE = noisy(plan.logits_TE / size.to(plan.logits_TE))
         logits_TE[:, 0] += push
@@ -268,6 +272,8 @@ def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[
         probs_TE = logits_TE.softmax(dim=-1)
         plan = plan._replace(logits_TE=logits_TE, probs_TE=probs_TE)
         if isinstance(plan, PairPlan):
+            if moves:
+                plan = plan._replace(expert_N=plan.expert_N % (plan.num_experts - 1))
             plan = plan._replace(weight_N=probs_TE[plan.token_N, plan.expert_N])
             if plan.noisy_logits_TE is not None:
                 plan = plan._replace(noisy_logits_TE=logits_TE + (plan.noisy_logits_TE - one.plan.logits_TE).detach())
@@ -276,5 +282,16 @@ def _push(inputs: Iterable[LossInput], push: float) -> tuple[list[Tensor], list[
             size = one.rows.detach().float().square().mean().sqrt().clamp(min=1.0)
             rows = noisy(one.rows.roll(1, dims=0) / size.to(one.rows)).requires_grad_()
             leaves.append(rows)
-        pushed.append(one._replace(plan=plan, rows=rows))
+        counts = one.counts
+        if moves and counts is not None:
+            counts = counts._replace(chosen_AE=_give_to_first(counts.chosen_AE), kept_AE=_give_to_first(counts.kept_AE))
+        pushed.append(one._replace(plan=plan, rows=rows, counts=counts))
     return leaves, pushed
+
+
+def _give_to_first(load_AE: Tensor) -> Tensor:
+    """Return loads where the first expert has those of the last one too."""
+    moved_AE = load_AE.clone()
+    moved_AE[:, -1] = 0
+    moved_AE[:, 0] += load_AE[:, -1]
+    return moved_AE

@@ -1,9 +1,11 @@
 """VQA accuracy by hand, and the constant answers that it is compared with."""
 
 import pytest
+import torch
 
 from lightning_moevlm.contracts.step_records import Answered
 from lightning_moevlm.model.metrics.tasks.vqa import VQAAccuracy, normalise_answer, vqa_accuracy
+from tests.small_model import default_dtype
 
 
 @pytest.mark.parametrize(
@@ -52,3 +54,10 @@ def test_means_are_over_questions_by_kind_and_beside_the_best_constant_answer() 
     assert found["all"].accuracy == pytest.approx(3 / 4) and found["all"].majority == pytest.approx(3 / 4)
     metric.reset()
     assert metric.scores() == {}
+
+
+def test_scores_are_fp32_under_bf16_true() -> None:
+    metric = VQAAccuracy()
+    with default_dtype(torch.bfloat16):
+        metric.add(Answered(("red",), (("red", *["blue"] * 9),), ("colour",)))
+    assert metric.scores()["colour"].accuracy == pytest.approx(0.3, abs=1e-6)

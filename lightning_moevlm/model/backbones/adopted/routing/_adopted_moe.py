@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.model_card import Costs
 from lightning_moevlm.contracts.routing_plan import Modality, PairPlan, RoutingInput
 from lightning_moevlm.model.backbones.adopted.routing._their_router import TheirBiasRouter, TheirRouter
@@ -87,6 +88,8 @@ class AdoptedMoE(Mixture):
     def forward(self, hidden: Tensor, *more: Any, **named: Any) -> "Triple":
         """Route the tokens, and return what their block expects of its router."""
         tokens_TD = hidden.reshape(-1, hidden.shape[-1])
+        if hidden.dtype is torch.float64 and isinstance(self.dispatcher, TheirDispatch):
+            self.dispatcher.refuse_float64()
         places = self.current.place(tokens_TD, self.modality)
         if isinstance(self.router, TheirRouter):
             plan = self.router(places.inputs, hidden, more, named)
@@ -218,3 +221,11 @@ class TheirDispatch(DispatchRecord):
     def in_use(self) -> tuple[str, ...]:
         """Return the same."""
         return (self.record(),)
+
+    def refuse_float64(self) -> None:
+        """Refuse the back-end that has no kernel for it."""
+        if getattr(self._config, "_experts_implementation", None) == "grouped_mm":
+            raise UserError(
+                "trainer.precision is 64-true, and grouped_mm, in which transformers runs the experts, takes no "
+                "float64: set model.backbone.experts_backend to eager, or model.backbone.dispatcher to LoopDispatcher"
+            )

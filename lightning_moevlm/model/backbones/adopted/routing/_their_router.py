@@ -32,6 +32,7 @@ class TheirRouter(Router):
         super().__init__(gate.dim, gate.num_experts)
         self.theirs = theirs
         self.facts = gate
+        self.has_logits = gate.score != "given"
         self._last: tuple[PairPlan, tuple[Tensor, ...]] | None = None
 
     @property

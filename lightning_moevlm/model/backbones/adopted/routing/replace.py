@@ -43,6 +43,7 @@ def replace_router(theirs: nn.Module, seam: Seam, block: nn.Module, make: Callab
     gate = seam.gate
     with defer_initialisation():
         router = make(gate.dim, gate.num_experts)
+    router.set_free(0)
     name = type(router).__name__
     if router.mixes:
         raise UserError(f"model.backbone.router {name} mixes tokens and chooses no experts: choose TopKRouter, or null")
