@@ -61,6 +61,8 @@ class PairPlan(NamedTuple):
     noise_std_TE: fp32, standard deviation of the normal noise on the logits; None without noise.
     noisy_logits_TE: fp32, logits with that noise; None without noise.
     capacity_T: fp32, each token's capacity factor after rounding; None if nothing limits the experts.
+    num_choices: K, if the pairs are the first choices of all tokens in order, then all second ones, and so on; None if
+        they stand in any other order.
     """
 
     token_N: Tensor
@@ -76,6 +78,7 @@ class PairPlan(NamedTuple):
     noise_std_TE: Tensor | None = None
     noisy_logits_TE: Tensor | None = None
     capacity_T: Tensor | None = None
+    num_choices: int | None = None
 
     @property
     def num_experts(self) -> int:
@@ -91,6 +94,13 @@ class PairPlan(NamedTuple):
     def sequence_T(self) -> Tensor:
         """Index of each token's sample, int64."""
         return _sequence_T(self.valid_T, self.num_sequences)
+
+    def by_token(self) -> Tensor:
+        """Return the pairs ordered by token, in plan order within one, int64 (N)."""
+        if self.num_choices is None:
+            return self.token_N.argsort(stable=True)
+        pair_N = torch.arange(self.token_N.shape[0], device=self.token_N.device)
+        return pair_N.view(self.num_choices, self.num_tokens).t().reshape(-1)
 
     def chosen_loads(self, group_T: Tensor | None = None, num_groups: int = 1) -> Tensor:
         """Count the chosen pairs per group of tokens (None: one group) and expert: int64 (num_groups, E)."""

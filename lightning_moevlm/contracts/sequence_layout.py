@@ -37,13 +37,18 @@ class Layout(NamedTuple):
     @property
     def modality_BS(self) -> Tensor:
         """Modality of each position of each sequence, int64."""
-        return self.modality_S.expand(self.valid_BS.shape) if self.inside_BS is None else self.inside_BS
+        return self._modality(len(self.valid_BS)) if self.inside_BS is None else self.inside_BS
 
     @property
     def modality_S(self) -> Tensor:
         """Modality of each position, int64; of spans, which are the same in every sequence."""
-        pieces = [torch.full((s.stop - s.start,), int(s.modality)) for s in self.spans]
-        return torch.cat(pieces).to(self.valid_BS.device, non_blocking=True)
+        return self._modality(1)[0]
+
+    def _modality(self, num_sequences: int) -> Tensor:
+        """Return the modality of each position, filled in on the device: a copy from the host could wait for it."""
+        device = self.valid_BS.device
+        pieces = [torch.full((num_sequences, s.stop - s.start), int(s.modality), device=device) for s in self.spans]
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim=1)
 
     def last(self, num_positions: int) -> "Layout":
         """Return the last positions alone; spans that have none of them are kept, empty."""

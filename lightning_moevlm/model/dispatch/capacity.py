@@ -117,16 +117,23 @@ class Capacity:
 class _Shares(NamedTuple):
     """Pools of places.
 
-    share_N: int64, pool of each pair (by group, and by modality if it has its own factor).
-    num_shares: number of pools.
-    factor_T: fp64 nominal factor, infinite where dropless.
-    share_T: as share_N, per token.
+    share_T: int64, pool of each token (by group, and by modality if it has its own factor); None: there is one pool.
+    share_N: as share_T, per pair.
+    factor_S: nominal factor of each pool, or of all; infinite where dropless.
     """
 
-    share_N: Tensor
-    num_shares: int
-    factor_T: Tensor
-    share_T: Tensor
+    share_T: Tensor | None
+    share_N: Tensor | None
+    factor_S: float | Tensor
+
+    def count_pairs(self, pair_N: Tensor) -> Tensor:
+        """Return the number of these pairs in each pool, fp64."""
+        # counted in integers, which every back-end of torch.compile can add by index
+        if self.share_N is None:
+            return pair_N.sum().double()
+        assert isinstance(self.factor_S, Tensor)
+        asked_S = torch.zeros(self.factor_S.shape, dtype=torch.int64, device=pair_N.device)
+        return asked_S.index_add(0, self.share_N, pair_N.to(torch.int64)).double()
 
 
 def list_factors(factor: TrainFactor | None) -> tuple[float | None, ...]:
@@ -150,49 +157,46 @@ def apply_capacity(plan: PairPlan, capacity: Capacity, training: bool, in_force:
     if factor is None:
         return plan
     shares = _shares(plan, factor, capacity.group_size)
-    share_N = shares.share_N
-    # counted in integers, which every back-end of torch.compile can add by index
-    asked = torch.zeros(shares.num_shares, dtype=torch.int64, device=share_N.device)
-    asked_T = asked.index_add(0, share_N, plan.kept_N.to(torch.int64))[shares.share_T]
+    asked_S = shares.count_pairs(plan.kept_N)
     # in float64 and with a little slack: 1.2 * 25 / 3 is 10, not the 11 of rounding errors
-    places_T = torch.ceil(asked_T * shares.factor_T / plan.num_experts - 1e-9)
-    places_T = torch.ceil(places_T / capacity.multiple_of) * capacity.multiple_of
-    real_T = torch.where(asked_T > 0, places_T * plan.num_experts / asked_T, shares.factor_T)
-    # 0 x infinity: a dropless share without pairs
-    places_N = places_T.nan_to_num(nan=0.0, posinf=float("inf"))[plan.token_N]
-    fits_N = _rank(plan, share_N, capacity.priority) < places_N
-    return plan._replace(kept_N=plan.kept_N & fits_N, capacity_T=real_T.float())
+    places_S = torch.ceil(asked_S * shares.factor_S / plan.num_experts - 1e-9)
+    if capacity.multiple_of > 1:
+        places_S = torch.ceil(places_S / capacity.multiple_of) * capacity.multiple_of
+    real_S = torch.where(asked_S > 0, places_S * plan.num_experts / asked_S, shares.factor_S).float()
+    rank_N = _rank(plan, shares.share_N, capacity.priority)
+    if shares.share_T is None or shares.share_N is None:
+        fits_N, real_T = rank_N < places_S, real_S.expand(plan.num_tokens)
+    else:  # 0 x infinity, a dropless share without pairs, has nothing that could fit
+        fits_N, real_T = rank_N < places_S[shares.share_N], real_S[shares.share_T]
+    return plan._replace(kept_N=plan.kept_N & fits_N, capacity_T=real_T)
 
 
 def _shares(plan: PairPlan, factor: Factor, group_size: int | None) -> _Shares:
-    size = plan.num_sequences if group_size is None else group_size
-    group_T = plan.sequence_T // max(size, 1)
-    num_groups = -(-plan.num_sequences // max(size, 1)) or 1
+    size = max(1, plan.num_sequences if group_size is None else group_size)
+    num_groups = -(-plan.num_sequences // size) or 1
+    device = plan.token_N.device
     if not isinstance(factor, ModalityFactors):
-        if isinstance(factor, Tensor):
-            factor_T = factor.to(group_T.device, torch.float64).expand(group_T.shape)
-        else:
-            factor_T = torch.full(group_T.shape, factor, dtype=torch.float64, device=group_T.device)
-        return _Shares(group_T[plan.token_N], num_groups, factor_T, group_T)
+        nominal = factor.to(device, torch.float64) if isinstance(factor, Tensor) else factor
+        if num_groups == 1:
+            return _Shares(None, None, nominal)
+        group_T = plan.sequence_T // size
+        factor_S = torch.ones(num_groups, dtype=torch.float64, device=device) * nominal
+        return _Shares(group_T, group_T[plan.token_N], factor_S)
     image, text = (torch.inf if each is None else each for each in (factor.image, factor.text))
-    factor_T = torch.full(group_T.shape, text, dtype=torch.float64, device=group_T.device)
-    factor_T = factor_T.masked_fill_(plan.modality_T == int(Modality.IMAGE), image)  # no copy from the host
-    share_T = group_T * len(Modality) + plan.modality_T
-    return _Shares(share_T[plan.token_N], num_groups * len(Modality), factor_T, share_T)
+    factor_GA = torch.full((num_groups, len(Modality)), text, dtype=torch.float64, device=device)
+    factor_GA[:, int(Modality.IMAGE)].fill_(image)  # no copy from the host
+    share_T = plan.sequence_T // size * len(Modality) + plan.modality_T
+    return _Shares(share_T, share_T[plan.token_N], factor_GA.flatten())
 
 
-def _rank(plan: PairPlan, share_N: Tensor, priority: Priority) -> Tensor:
+def _rank(plan: PairPlan, share_N: Tensor | None, priority: Priority) -> Tensor:
     """Return how many kept pairs of the same expert and share come before each pair."""
-    bucket_N = torch.where(plan.kept_N, share_N * plan.num_experts + plan.expert_N, -1)
+    bucket_N = plan.expert_N if share_N is None else share_N * plan.num_experts + plan.expert_N
     order_N = _order(plan, priority)
-    order_N = order_N[bucket_N[order_N].argsort(stable=True)]
-    sorted_bucket_N = bucket_N[order_N]
+    bucket_N, place_N = torch.where(plan.kept_N, bucket_N, -1)[order_N].sort(stable=True)
     position_N = torch.arange(order_N.shape[0], device=order_N.device)
-    # where a bucket starts: the largest start up to here
-    is_start_N = torch.ones_like(sorted_bucket_N, dtype=torch.bool)
-    is_start_N[1:] = sorted_bucket_N[1:] != sorted_bucket_N[:-1]
-    start_N = torch.where(is_start_N, position_N, 0).cummax(0).values if position_N.numel() else position_N
-    return torch.empty_like(position_N).scatter_(0, order_N, position_N - start_N)
+    start_N = torch.searchsorted(bucket_N, bucket_N)  # where the bucket of each starts
+    return torch.empty_like(position_N).scatter_(0, order_N[place_N], position_N - start_N)
 
 
 def _order(plan: PairPlan, priority: Priority) -> Tensor:
@@ -202,8 +206,12 @@ def _order(plan: PairPlan, priority: Priority) -> Tensor:
     if priority == "position":
         return torch.arange(plan.token_N.shape[0], device=plan.token_N.device)
     if priority == "token":
-        return plan.token_N.argsort(stable=True)
+        return plan.by_token()
     gate_N = torch.where(plan.kept_N, plan.weight_N.detach(), -torch.inf)
+    if plan.num_choices is not None:
+        best_T = gate_N.view(plan.num_choices, plan.num_tokens).amax(dim=0)
+        first_K1 = torch.arange(plan.num_choices, device=gate_N.device).unsqueeze(-1) * plan.num_tokens
+        return (first_K1 + best_T.argsort(descending=True, stable=True)).flatten()
     best_T = gate_N.new_full((plan.num_tokens,), -torch.inf).scatter_reduce_(0, plan.token_N, gate_N, "amax")
     by_gate_N = best_T[plan.token_N].argsort(descending=True, stable=True)
     return by_gate_N[_choice(plan)[by_gate_N].argsort(stable=True)]
@@ -211,9 +219,6 @@ def _order(plan: PairPlan, priority: Priority) -> Tensor:
 
 def _choice(plan: PairPlan) -> Tensor:
     """Return which choice of its token each pair is, 0 for the first, by the order of the pairs."""
-    order_N = plan.token_N.argsort(stable=True)
-    count_T = torch.zeros(plan.num_tokens, dtype=torch.int64, device=order_N.device)
-    count_T = count_T.index_add(0, plan.token_N, torch.ones_like(plan.token_N))
-    start_T = count_T.cumsum(0) - count_T
+    token_N, order_N = plan.token_N.sort(stable=True)
     position_N = torch.arange(order_N.shape[0], device=order_N.device)
-    return torch.empty_like(position_N).scatter_(0, order_N, position_N - start_T[plan.token_N[order_N]])
+    return torch.empty_like(position_N).scatter_(0, order_N, position_N - torch.searchsorted(token_N, token_N))

@@ -1,9 +1,12 @@
 """Sort by expert, then `torch.nn.functional.grouped_mm` over all segments at once: no host synchronisation.
 
 Requirements of `grouped_mm` in torch 2.13: fp32, bf16 or fp16; row strides in multiples of 16 bytes; contiguous
-gradients; int32 offsets. It ignores autocast and leaves rows behind the last offset uninitialised. On CUDA its own
-kernel is for bf16 on compute capability 9.0 and later; elsewhere torch runs one product per expert and waits.
-Widths and dtypes that it cannot run are refused with the remedy.
+gradients; int32 offsets. It ignores autocast. On CUDA its own kernel is for bf16 on compute capability 9.0 and later;
+elsewhere torch runs one product per expert and waits. Widths and dtypes that it cannot run are refused with the remedy.
+
+Off the CPU the host does not know how many pairs are kept, so those that are not stand behind the last offset. Their
+rows are never read by the product or its gradients, and are left uninitialised in what it returns. A function that is
+elementwise in the rows leaves what lies there where it is, and a mask at both ends keeps it out of tokens and weights.
 """
 
 import torch
@@ -34,23 +37,25 @@ class GroupedDispatcher(Dispatcher):
         stacks = tuple(stack.to(dtype) for stack in experts.stacks())
         if torch.compiler.is_compiling() and dtype != torch.bfloat16:
             return run_in_graph(plan, tokens_TD, experts, stacks, "grouped")
-        wait = tokens_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+        wait = _is_read_at_once(tokens_TD)
         pairs = sort_by_expert(plan, wait=wait)
-        offset_E = pairs.load_E.cumsum(0).to(torch.int32)
+        offset_E = pairs.end_E.to(torch.int32)
+
+        def product(rows: Tensor, weight: Tensor, /) -> Tensor:
+            return _grouped_mm(rows, weight, offset_E)
+
         rows_MD = gather_rows(tokens_TD.to(dtype), pairs)
         if wait:  # the rows are those of the kept pairs
-            rows_MD = experts.run(rows_MD, stacks, lambda rows, weight: _grouped_mm(rows, weight, offset_E))
-            return combine(rows_MD, plan.weight_N, pairs, tokens_TD.dtype)
+            return combine(experts.run(rows_MD, stacks, product), plan.weight_N, pairs, tokens_TD.dtype)
         kept_M1 = (torch.arange(pairs.token_M.shape[0], device=tokens_TD.device) < offset_E[-1]).unsqueeze(-1)
 
         def masked(rows: Tensor, weight: Tensor, /) -> Tensor:
-            # the tail is uninitialised memory: where() keeps a NaN there out of values and of gradients
-            return torch.where(kept_M1, _grouped_mm(rows, weight, offset_E), 0.0)
+            return _mask(product(_mask(rows, kept_M1), weight), kept_M1)
 
-        rows_MD = experts.run(torch.where(kept_M1, rows_MD, 0.0), stacks, masked)
-        # experts may make something of a row of zeros: it weighs nothing, and no gradient comes back through it
-        weight_N = torch.where(plan.kept_N, plan.weight_N, 0.0)
-        return combine(rows_MD, weight_N, pairs, tokens_TD.dtype)
+        # without a known activation, what stands between the products may sum over rows: the gradient of a bias does
+        linear = product if experts.activation() is not None else masked
+        rows_MD = _mask(experts.run(_mask(rows_MD, kept_M1), stacks, linear), kept_M1)
+        return combine(rows_MD, plan.weight_N, pairs, tokens_TD.dtype)
 
     def refusal(self, tokens_TD: Tensor, experts: Experts) -> str | None:
         """Name a dtype or a width that `grouped_mm` cannot run."""
@@ -66,6 +71,16 @@ class GroupedDispatcher(Dispatcher):
                         "or use SegmentDispatcher, which has no such limit"
                     )
         return None
+
+
+def _is_read_at_once(tokens_TD: Tensor) -> bool:
+    """Return whether the host reads values of the tokens' device without waiting."""
+    return tokens_TD.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def _mask(rows: Tensor, kept_M1: Tensor) -> Tensor:
+    """Return zeros in place of rows that are not kept, NaN too, in values and in the gradient that comes back."""
+    return torch.where(kept_M1, rows, 0.0)
 
 
 class _Contiguous(torch.autograd.Function):

@@ -67,8 +67,9 @@ class PaddedDispatcher(Dispatcher):
         if torch.compiler.is_compiling() and self.factor is None:
             return run_in_graph(plan, tokens_TD, experts, stacks, "padded")
         pairs = sort_by_expert(plan, wait=False)
-        places = self._places(plan, pairs.load_E)
-        slot_M, row_S = _slots(plan, pairs, places)
+        load_E = pairs.end_E.diff(prepend=pairs.end_E.new_zeros(1))
+        places = self._places(plan, load_E)
+        slot_M, row_S = _slots(plan, pairs, pairs.end_E - load_E, places)
 
         def batched(rows: Tensor, weight: Tensor, /) -> Tensor:
             product = torch.bmm(rows.to(weight.dtype).reshape(plan.num_experts, places, rows.shape[1]), weight)
@@ -96,10 +97,9 @@ class PaddedDispatcher(Dispatcher):
         return places
 
 
-def _slots(plan: PairPlan, pairs: SortedPairs, places: int) -> tuple[Tensor, Tensor]:
+def _slots(plan: PairPlan, pairs: SortedPairs, start_E: Tensor, places: int) -> tuple[Tensor, Tensor]:
     """Return each row's slot and each slot's row; a row or slot without one points behind the last."""
     num_rows, num_slots = pairs.pair_M.shape[0], plan.num_experts * places
-    start_E = pairs.load_E.cumsum(0) - pairs.load_E
     expert_M = plan.expert_N[pairs.pair_M]
     row_M = torch.arange(num_rows, device=expert_M.device)
     slot_M = expert_M * places + row_M - start_E[expert_M]

@@ -28,7 +28,7 @@ from lightning_moevlm.model.losses.balancing.load_balance import LoadBalance
 from lightning_moevlm.model.losses.balancing.modality_entropy import GlobalEntropy, LocalEntropy
 from lightning_moevlm.model.losses.balancing.mutual_information import MutualInformation
 from lightning_moevlm.model.losses.balancing.sequence_balance import SequenceBalance
-from lightning_moevlm.model.losses.groups import size_of
+from lightning_moevlm.model.losses.groups import sizes_of
 from lightning_moevlm.model.losses.loss_input import LossInput, Place, RoutedLayer, StepSize
 from lightning_moevlm.model.losses.plan_loss import PlanLoss
 from lightning_moevlm.model.losses.regularising.expert_coupling import ExpertCoupling
@@ -173,7 +173,7 @@ class AuxiliaryLosses:
         which this batch is a part; None: the batch is the whole step.
         """
         in_force = self._in_force(weights)
-        sizes = [size_of(one.plan) for one in inputs]
+        sizes = sizes_of([one.plan for one in inputs])
         terms: dict[str, Term] = {}
         for name, loss in self.enabled.items():
             if isinstance(loss, OutputZ):
@@ -195,8 +195,7 @@ class AuxiliaryLosses:
     ) -> dict[SumName, Tensor]:
         """Return what is to be added up over batches and ranks, for `means`."""
         found: dict[SumName, Tensor] = {}
-        for one in inputs:
-            size = size_of(one.plan)
+        for one, size in zip(inputs, sizes_of([one.plan for one in inputs]), strict=True):
             found["", one.place] = torch.cat([size.tokens_A, size.sequences_A, size.sequences.unsqueeze(0)])
         for name, loss in self.enabled.items():
             if isinstance(loss, OutputZ):

@@ -127,22 +127,24 @@ class MaskedModelling(Objective):
         images, text, text_mask = batch.images_BRYX, batch.text_BL, batch.text_mask_BL
         if text is not None and text_mask is not None and self.weights.text is not None:
             masked = self._masked_text("text", self.ratios.text, text, text_mask, batch.text_keys, draws)
+            hidden = _Hidden.find(masked.hidden_BL, batch.text_keys)
             output = step.encode(None, masked.input_BL, text_mask, None)
-            step.add_text("text", self.weights.text, output, text, _Hidden(masked.hidden_BL, batch.text_keys))
+            step.add_text("text", self.weights.text, output, text, hidden)
         if images is not None and self.weights.image is not None:
-            hidden_BP = self._hidden_patches("image", images, batch.image_keys, draws)
-            output = step.encode(images, None, None, hidden_BP)
-            step.add_image("image", self.weights.image, output, images, _Hidden(hidden_BP, batch.image_keys))
+            hidden = self._hidden_patches("image", images, batch.image_keys, draws)
+            output = step.encode(images, None, None, hidden.mask_BS)
+            step.add_image("image", self.weights.image, output, images, hidden)
         pairs = batch.pairs
         if images is not None and text is not None and text_mask is not None and pairs and self._uses_pairs():
             images, text, text_mask, keys = images[:pairs], text[:pairs], text_mask[:pairs], batch.keys[:pairs]
             masked = self._masked_text("pair_text", self.ratios.pair_text, text, text_mask, keys, draws)
-            hidden_BP = self._hidden_patches("pair_image", images, keys, draws)
-            output = step.encode(images, masked.input_BL, text_mask, hidden_BP)
-            if self.weights.pair_text is not None:
-                step.add_text("pair_text", self.weights.pair_text, output, text, _Hidden(masked.hidden_BL, keys))
+            words = None if self.weights.pair_text is None else _Hidden.find(masked.hidden_BL, keys)
+            hidden = self._hidden_patches("pair_image", images, keys, draws)
+            output = step.encode(images, masked.input_BL, text_mask, hidden.mask_BS)
+            if self.weights.pair_text is not None and words is not None:
+                step.add_text("pair_text", self.weights.pair_text, output, text, words)
             if self.weights.pair_image is not None:
-                step.add_image("pair_image", self.weights.pair_image, output, images, _Hidden(hidden_BP, keys))
+                step.add_image("pair_image", self.weights.pair_image, output, images, hidden)
         if not step.terms:
             raise UserError(
                 "this batch has no modality that a weighted term of MaskedModelling can use: give the terms of the "
@@ -161,7 +163,7 @@ class MaskedModelling(Objective):
     def size(self, batch: Batch) -> BatchSize:
         """Return hidden words and patches by term, and tokens by pass; nothing of them is drawn."""
         pairs, device = batch.pairs, batch.device
-        num_images = torch.tensor(len(batch.image_keys), device=device)
+        num_images = torch.full((), len(batch.image_keys), device=device)  # torch.tensor would wait for its copy
         num_hidden = _num_hidden_patches(self.spec.num_patches, self.ratios.image)
         words: dict[str, Tensor] = {}
         if batch.text_BL is not None and batch.text_mask_BL is not None:
@@ -210,12 +212,12 @@ class MaskedModelling(Objective):
     def _masked_text(
         self, term: str, ratio: float, text_BL: Tensor, text_mask_BL: Tensor, keys: Sequence[str], draws: Draws
     ) -> MaskedText:
-        noise_BL = draws.uniform(term, keys, text_BL.shape[1]).to(text_BL.device)
+        noise_BL = draws.uniform(term, keys, text_BL.shape[1]).to(text_BL.device, non_blocking=True)
         return mask_text(text_BL, text_mask_BL, ratio, noise_BL)
 
-    def _hidden_patches(self, term: str, images_BRYX: Tensor, keys: Sequence[str], draws: Draws) -> Tensor:
+    def _hidden_patches(self, term: str, images_BRYX: Tensor, keys: tuple[str, ...], draws: Draws) -> "_Hidden":
         noise_BP = draws.uniform(term, keys, self.spec.num_patches)
-        return mask_patches(noise_BP, self.ratios.image).to(images_BRYX.device)
+        return _Hidden.find(mask_patches(noise_BP, self.ratios.image), keys).to(images_BRYX.device)
 
     def _uses_pairs(self) -> bool:
         return self.weights.pair_text is not None or self.weights.pair_image is not None
@@ -246,8 +248,8 @@ class _Step:
         return output
 
     def add_text(self, name: str, weight: float, output: BackboneOutput, text_BL: Tensor, hidden: "_Hidden") -> None:
-        features_MD = output.features(Modality.TEXT)[hidden.mask_BS]
-        target_M = text_BL[hidden.mask_BS]
+        features_MD = output.features(Modality.TEXT)[hidden.places]
+        target_M = text_BL[hidden.places]
         logits_MV = self.objective.text_logits(features_MD, self.backbone.text_embedding_VD)
         with region(self.objective.precision, "losses", logits_MV.device.type) as cast:
             loss = cross_entropy(cast(logits_MV), target_M)
@@ -258,8 +260,8 @@ class _Step:
         targets = self.objective.image_targets
         if self.image_target is None:
             self.image_target = targets(images)
-        target_M = self.image_target[: hidden.mask_BS.shape[0]][hidden.mask_BS]
-        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden.mask_BS])
+        target_M = self.image_target[hidden.places]
+        output_MO = self.objective.image_output(output.features(Modality.IMAGE)[hidden.places])
         with region(self.objective.precision, "losses", output_MO.device.type) as cast:
             loss = targets.loss(cast(output_MO), target_M)
         predictions = targets.predictions(output_MO.detach(), target_M)
@@ -275,15 +277,31 @@ class _Step:
             return
         classes = self.predictions.get(name)
         right_M = None if classes is None else (classes.predicted_M == classes.target_M).float()
-        row_M = hidden.mask_BS.nonzero()[:, 0]
-        self.of_samples[name] = SampleLosses(hidden.keys, row_M, loss.loss_M.detach(), right_M)
+        self.of_samples[name] = SampleLosses(hidden.keys, hidden.places[0], loss.loss_M.detach(), right_M)
 
 
 class _Hidden(NamedTuple):
-    """Hidden positions of a pass, bool (B, S), and the keys of its samples."""
+    """Hidden positions of a pass.
+
+    mask_BS: bool.
+    places: sample and position of each of the M that are hidden, int64 (M,) both.
+    keys: of the samples.
+    """
 
     mask_BS: Tensor
+    places: tuple[Tensor, Tensor]
     keys: tuple[str, ...]
+
+    @staticmethod
+    def find(mask_BS: Tensor, keys: tuple[str, ...]) -> "_Hidden":
+        """Find the places once for all that read them: off the CPU the host waits for their number."""
+        sample_M, position_M = mask_BS.nonzero(as_tuple=True)
+        return _Hidden(mask_BS, (sample_M, position_M), keys)
+
+    def to(self, device: torch.device) -> "_Hidden":
+        """Return them on another device."""
+        mask_BS, sample_M, position_M = (each.to(device, non_blocking=True) for each in (self.mask_BS, *self.places))
+        return _Hidden(mask_BS, (sample_M, position_M), self.keys)
 
 
 def mask_text(text_BL: Tensor, text_mask_BL: Tensor, ratio: float, noise_BL: Tensor) -> MaskedText:

@@ -183,8 +183,8 @@ class NextToken(Objective):
             assert part.text_BL is not None and part.text_mask_BL is not None
             output = backbone(*part[:3], causal=True)
             features_BSD, ids_BS, predicted_BS = output.features(Modality.TEXT), part.text_BL, self._predicted(part)
-        row_M = predicted_BS.nonzero()[:, 0]
-        return output, features_BSD[:, :-1][predicted_BS], ids_BS[:, 1:][predicted_BS], row_M
+        row_M, place_M = predicted_BS.nonzero(as_tuple=True)  # off the CPU the host waits for their number, once
+        return output, features_BSD[row_M, place_M], ids_BS[row_M, place_M + 1], row_M
 
     def _predicted(self, part: Batch) -> Tensor:
         """Return which tokens after the first are predicted, bool (B, L - 1)."""

@@ -29,7 +29,7 @@ def make_plan(
         taken_TK = taken_TK & chosen_TK
     taken_N = _choice_major(taken_TK)
     return PairPlan(
-        token_N=torch.arange(num_tokens, device=expert_TK.device).repeat(num_choices),
+        token_N=torch.arange(num_tokens, device=expert_TK.device).expand(num_choices, num_tokens).reshape(-1),
         expert_N=_choice_major(expert_TK),
         weight_N=_choice_major(weight_TK),
         chosen_N=taken_N,
@@ -41,6 +41,7 @@ def make_plan(
         num_sequences=inputs.num_sequences,
         noise_std_TE=noise_std_TE,
         noisy_logits_TE=noisy_logits_TE,
+        num_choices=num_choices,
     )
 
 

@@ -61,7 +61,9 @@ class StepSizeMeter:
                 self._report()
             others = (batch,) if batch.step is None else batch.step.batches
             known = [size.to_vector() for other in others if (size := self._objective.size(other)) is not None]
-            numbers = sum_over_ranks(torch.stack(known).to(numbers).sum(dim=0) * micro_batches / len(known))
+            numbers = sum_over_ranks(
+                torch.stack(known).to(numbers, non_blocking=True).sum(dim=0) * micro_batches / len(known)
+            )
         size = own.from_vector(numbers)
         self._step, self._size = step, size if batch.step is not None else None
         return size

@@ -79,7 +79,7 @@ def plans() -> dict[str, PairPlan]:
     return {
         **made,
         "all to one expert": one_only,
-        "pairs in no order": top_2._replace(**by_pair),
+        "pairs in no order": top_2._replace(**by_pair, num_choices=None),
         "nothing kept": top_2._replace(kept_N=torch.zeros_like(top_2.kept_N)),
         "capacity": limited(top_2, 0.5),
     }

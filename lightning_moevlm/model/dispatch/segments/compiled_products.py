@@ -4,6 +4,8 @@ Segment lengths are read on the host, and `grouped_mm` fails the compiler's shap
 either would break the graph, once per enclosing module. As an operator with a known output shape it does not.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,16 +17,16 @@ from lightning_moevlm.model.dispatch.sorted_pairs import combine, gather_rows, s
 
 
 @torch.library.custom_op("moevlm::expert_products", mutates_args=())
-def expert_products(rows_MI: Tensor, stack_EIO: Tensor, load_E: Tensor, way: str) -> Tensor:
-    """Multiply consecutive segments of rows, load_E[e] of them, by the matrices of a stack; rows behind them give 0.
+def expert_products(rows_MI: Tensor, stack_EIO: Tensor, end_E: Tensor, way: str) -> Tensor:
+    """Multiply consecutive segments of rows by the matrices of a stack; rows behind them give 0.
 
     Args:
         rows_MI: sorted by expert, in the dtype of the stack.
         stack_EIO: a matrix per expert.
-        load_E: int64.
+        end_E: int64, the row behind each segment's last one.
         way: "segments", a product per expert; "grouped", by `grouped_mm`; "padded", one batched product.
     """
-    lengths = load_E.tolist()
+    lengths = _lengths(end_E)
     num_rows = sum(lengths)
     product_MO = rows_MI.new_zeros(rows_MI.shape[0], stack_EIO.shape[2])
     if way == "padded":
@@ -34,46 +36,46 @@ def expert_products(rows_MI: Tensor, stack_EIO: Tensor, load_E: Tensor, way: str
         ):
             product.copy_(rows[:length])
     elif way == "grouped":
-        product_MO[:num_rows] = F.grouped_mm(rows_MI[:num_rows].contiguous(), stack_EIO, offs=_offsets(load_E))
+        product_MO[:num_rows] = F.grouped_mm(rows_MI[:num_rows].contiguous(), stack_EIO, offs=end_E.to(torch.int32))
     else:
         multiply_segments(rows_MI[:num_rows], stack_EIO, lengths, product_MO[:num_rows])
     return product_MO
 
 
 @torch.library.custom_op("moevlm::expert_products_weights", mutates_args=())
-def _gradient_of_stack(rows_MI: Tensor, gradient_MO: Tensor, load_E: Tensor, way: str) -> Tensor:
+def _gradient_of_stack(rows_MI: Tensor, gradient_MO: Tensor, end_E: Tensor, way: str) -> Tensor:
     """Return rows_e^T x gradient_e for every segment, (E, I, O)."""
-    lengths = load_E.tolist()
+    lengths = _lengths(end_E)
     if way == "padded":
         return torch.bmm(_pad(rows_MI, lengths).transpose(1, 2), _pad(gradient_MO, lengths))
     rows_MI, gradient_MO = rows_MI[: sum(lengths)].contiguous(), gradient_MO[: sum(lengths)].contiguous()
     if way == "grouped":
-        return F.grouped_mm(rows_MI.t(), gradient_MO, offs=_offsets(load_E))
-    out_EIO = rows_MI.new_empty(load_E.shape[0], rows_MI.shape[1], gradient_MO.shape[1])
+        return F.grouped_mm(rows_MI.t(), gradient_MO, offs=end_E.to(torch.int32))
+    out_EIO = rows_MI.new_empty(end_E.shape[0], rows_MI.shape[1], gradient_MO.shape[1])
     stack_gradient(rows_MI, gradient_MO, lengths, out_EIO)
     return out_EIO
 
 
 @expert_products.register_fake
-def _(rows_MI: Tensor, stack_EIO: Tensor, load_E: Tensor, way: str) -> Tensor:
+def _(rows_MI: Tensor, stack_EIO: Tensor, end_E: Tensor, way: str) -> Tensor:
     return rows_MI.new_empty(rows_MI.shape[0], stack_EIO.shape[2])
 
 
 @_gradient_of_stack.register_fake
-def _(rows_MI: Tensor, gradient_MO: Tensor, load_E: Tensor, way: str) -> Tensor:
-    return rows_MI.new_empty(load_E.shape[0], rows_MI.shape[1], gradient_MO.shape[1])
+def _(rows_MI: Tensor, gradient_MO: Tensor, end_E: Tensor, way: str) -> Tensor:
+    return rows_MI.new_empty(end_E.shape[0], rows_MI.shape[1], gradient_MO.shape[1])
 
 
 def _keep(ctx, inputs: tuple[Tensor, Tensor, Tensor, str], output: Tensor) -> None:  # type: ignore[no-untyped-def]
-    rows_MI, stack_EIO, load_E, ctx.way = inputs
-    ctx.save_for_backward(rows_MI, stack_EIO, load_E)
+    rows_MI, stack_EIO, end_E, ctx.way = inputs
+    ctx.save_for_backward(rows_MI, stack_EIO, end_E)
 
 
 def _backward(ctx, gradient_MO: Tensor) -> tuple[Tensor | None, Tensor | None, None, None]:  # type: ignore[no-untyped-def]
-    rows_MI, stack_EIO, load_E = ctx.saved_tensors
+    rows_MI, stack_EIO, end_E = ctx.saved_tensors
     needs_rows, needs_stack = ctx.needs_input_grad[:2]
-    rows = expert_products(gradient_MO, stack_EIO.transpose(1, 2), load_E, ctx.way) if needs_rows else None
-    stack = _gradient_of_stack(rows_MI, gradient_MO, load_E, ctx.way) if needs_stack else None
+    rows = expert_products(gradient_MO, stack_EIO.transpose(1, 2), end_E, ctx.way) if needs_rows else None
+    stack = _gradient_of_stack(rows_MI, gradient_MO, end_E, ctx.way) if needs_stack else None
     return rows, stack, None, None
 
 
@@ -85,7 +87,7 @@ def run_in_graph(plan: PairPlan, tokens_TD: Tensor, experts: Experts, stacks: tu
     pairs = sort_by_expert(plan, wait=False)
 
     def product(rows: Tensor, weight: Tensor, /) -> Tensor:
-        return expert_products(rows.to(weight.dtype), weight, pairs.load_E, way)
+        return expert_products(rows.to(weight.dtype), weight, pairs.end_E, way)
 
     rows_MD = experts.run(gather_rows(tokens_TD.to(stacks[0].dtype), pairs), stacks, product)
     # experts may make something of a row of zeros: it weighs nothing, and no gradient comes back through it
@@ -104,5 +106,5 @@ def _split(rows_MI: Tensor, lengths: list[int]) -> tuple[Tensor, ...]:
     return rows_MI[: sum(lengths)].split(lengths)
 
 
-def _offsets(load_E: Tensor) -> Tensor:
-    return load_E.cumsum(0).to(torch.int32)
+def _lengths(end_E: Tensor) -> list[int]:
+    return [end - start for start, end in pairwise([0, *end_E.tolist()])]

@@ -70,7 +70,7 @@ class _SegmentFFN(torch.autograd.Function):
                 multiply_segments(hidden, outer_EFD[experts], lengths, rows_MD[here])
         ctx.save_for_backward(tokens_TD, weight_N, *stacks, *products)
         ctx.pairs, ctx.activation = pairs, activation  # type: ignore[attr-defined]
-        return sum_bags(rows_MD.to(weight_N.dtype), pairs, weight_N[pairs.pair_M])
+        return sum_bags(rows_MD.to(weight_N.dtype), pairs, weight_N)
 
     @staticmethod
     @once_differentiable

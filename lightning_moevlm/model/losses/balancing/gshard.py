@@ -36,7 +36,9 @@ class GShard(ModalityLoss):
     def sums(self, inputs: LossInput) -> Tensor:
         """Return first choices and probabilities of each group, (2, U, E)."""
         plan, num_groups = inputs.plan, self.grouping.size(inputs.plan)
-        cell_T = self.grouping.group_T(plan) * plan.num_experts + plan.probs_TE.argmax(dim=-1)
+        cell_T, group_T = plan.probs_TE.argmax(dim=-1), self.grouping.group_T(plan)
+        if group_T is not None:
+            cell_T = group_T * plan.num_experts + cell_T
         zero = torch.zeros(num_groups * plan.num_experts, dtype=torch.int64, device=cell_T.device)
         first_UE = zero.index_add(0, cell_T, plan.valid_T.to(torch.int64)).view(num_groups, plan.num_experts)
         return torch.stack([first_UE.to(plan.probs_TE.dtype), self.grouping.sums(plan.probs_TE, plan)])

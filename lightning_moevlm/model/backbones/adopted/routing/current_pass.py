@@ -132,4 +132,5 @@ def spread(plan: PairPlan, index_T: Tensor, tokens: Tokens) -> PairPlan:
         num_sequences=len(tokens.valid_BS),
         noise_std_TE=None if plan.noise_std_TE is None else whole(plan.noise_std_TE),
         noisy_logits_TE=None if plan.noisy_logits_TE is None else whole(plan.noisy_logits_TE),
+        num_choices=None,
     )

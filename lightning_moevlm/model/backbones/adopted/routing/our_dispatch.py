@@ -108,7 +108,7 @@ def _plan(num_experts: int, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tens
     kept_N = weight_N.detach() != 0
     unread_TE = torch.zeros((), device=device).expand(num_tokens, num_experts)
     return PairPlan(
-        token_N=torch.arange(num_tokens, device=device).repeat(num_choices),
+        token_N=torch.arange(num_tokens, device=device).expand(num_choices, num_tokens).reshape(-1),
         expert_N=expert_N,
         weight_N=weight_N,
         chosen_N=kept_N,
@@ -117,4 +117,5 @@ def _plan(num_experts: int, hidden_TD: Tensor, index_TK: Tensor, weight_TK: Tens
         probs_TE=unread_TE,
         modality_T=torch.full((num_tokens,), int(Modality.TEXT), device=device),
         valid_T=torch.ones(num_tokens, dtype=torch.bool, device=device),
+        num_choices=num_choices,
     )
