@@ -47,7 +47,9 @@ def answer(name: str, step: int, arm: Course, unchanged: Course, is_equal: bool)
         is_equal: whether all values of both are equal.
     """
     if not unchanged.events_at(step):
-        return Answer(Verdict.NO_EVENT, f"{name}: {Verdict.NO_EVENT}, since no event begins at step {step}.")
+        ends = [course.steps[-1].step if course.steps else 0 for course in (arm, unchanged)]
+        rest = f"; but it ends at step {ends[0]}, before the unchanged replay does" if ends[0] < ends[1] else ""
+        return Answer(Verdict.NO_EVENT, f"{name}: {Verdict.NO_EVENT}, since no event begins at step {step}{rest}.")
     if is_equal:
         return Answer(
             Verdict.CHANGES_NOTHING, f"{name} {Verdict.CHANGES_NOTHING}: every value equals the unchanged replay's."

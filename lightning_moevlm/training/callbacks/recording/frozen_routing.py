@@ -7,7 +7,7 @@ Its choices replace those of the current routers, whose scores still weigh them:
 
 Choices by older weights are DeepSeek-V4's anticipatory routing (section 4.2.3), where the delay is constant; here the
 step is. The rule of the weights is found by comparing the router's own weights with those that its scores give; they
-need not sum to 1.
+need not sum to 1. Layers that gradient checkpointing runs again in the backward pass choose as they did before.
 """
 
 import copy
@@ -45,6 +45,8 @@ class FrozenRouting(Callback):
         self.step = step
         self._frozen: Backbone | None = None
         self._choices: dict[str, list[PairPlan]] = {}  # of the current batch, by layer, in the order of the passes
+        self._used: dict[str, list[PairPlan]] = {}  # likewise
+        self._collects = self._runs_again = False
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -70,17 +72,18 @@ class FrozenRouting(Callback):
         if self._frozen is None or step <= self.step:
             return
         pl_module.seed_noise(pl_module.micro_step(batch_idx))
+        self._choices, self._used, self._collects = {}, {}, True
         with torch.no_grad(), trainer.precision_plugin.train_step_context():
-            draws = pl_module.draws("train", trainer.global_step)
-            plans = pl_module.objective(self._frozen, batch, draws).plans
-        self._choices = {}
-        for named in plans:
-            assert isinstance(named.plan, PairPlan)
-            self._choices.setdefault(named.layer, []).append(named.plan)
+            pl_module.objective(self._frozen, batch, pl_module.draws("train", trainer.global_step))
+        self._collects = False
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Leave other passes alone, but for layers that run again."""
+        self._choices, self._runs_again = {}, True
+
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave other passes alone."""
-        self._choices = {}
+        self._used, self._runs_again = {}, False
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Leave the routers."""
@@ -91,12 +94,20 @@ class FrozenRouting(Callback):
         rules: list[_Rule] = []
 
         def hook(router: nn.Module, inputs: object, plan: RoutingPlan) -> RoutingPlan | None:
-            if not self._choices or router is not layer.router:  # a copy has the hook too
-                return None
             assert isinstance(plan, PairPlan)
+            if router is not layer.router:  # a copy has the hook too
+                if self._collects:
+                    self._choices.setdefault(layer.path, []).append(plan)
+                return None
+            used = self._used.setdefault(layer.path, [])
+            if self._runs_again:
+                return impose_choices(plan, used.pop(), rules[0]) if used else None  # the last pass is the first again
+            if not self._choices:
+                return None
             if not rules:
                 rules.append(find_rule(plan, type(router).__name__))
-            return impose_choices(plan, self._choices[layer.path].pop(0), rules[0])
+            used.append(self._choices[layer.path].pop(0))
+            return impose_choices(plan, used[-1], rules[0])
 
         return hook
 

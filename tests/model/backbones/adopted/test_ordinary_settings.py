@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.optim import AdamW
 
 pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lightning-moevlm[hf]'")
 
@@ -16,14 +17,16 @@ from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions, Turn
 from lightning_moevlm.model.backbones.adopted.images import ImageInputs
 from lightning_moevlm.model.backbones.features import pool_features
 from lightning_moevlm.model.backbones.model_costs import model_card
-from lightning_moevlm.model.dispatch import LoopDispatcher
+from lightning_moevlm.model.dispatch import Capacity, LoopDispatcher
 from lightning_moevlm.model.losses import AuxiliaryLosses
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import SigmoidBiasRouter, TopKRouter
 from lightning_moevlm.training import VisionLanguageModule
+from lightning_moevlm.training.callbacks.recording.frozen_routing import FrozenRouting
 from tests.model.backbones.adopted.small_chat import LLAVA_CHAT, save_llava
 from tests.model.backbones.adopted.small_hugging_face import OLMOE, QWEN, TEXT, small_hugging_face
 from tests.small_model import default_dtype, pair_batch
+from tests.training.small_fit import fit
 
 GEMMA: dict[str, Any] = {
     "model_type": "gemma4",
@@ -106,3 +109,39 @@ def test_features_of_conversations_are_those_of_what_the_model_reads(tmp_path: P
     assert list(features) == ["pair", "text"]
     for chat, found in zip(asked, features.values(), strict=True):
         torch.testing.assert_close(found, model.read_chats(join_chats([chat])).tokens_BSD.mean(dim=1))
+
+
+ERNIE: dict[str, Any] = {
+    "model_type": "ernie4_5_vl_moe",
+    "text_config": TEXT | {
+        "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1, "moe_intermediate_size": [16, 8],
+        "mlp_layer_types": ["sparse", "sparse"],
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [1, 1, 2]},
+    },
+    "vision_config": {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+        "spatial_merge_size": 2, "temporal_merge_size": 2, "in_channels": 3,
+    },
+}  # fmt: skip
+
+
+def train_frozen(config: dict[str, Any], **options: Any) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
+    """Train by the choices of the first step's weights; return experts of the first layer in each step, and weights."""
+    module = VisionLanguageModule(
+        small_hugging_face(config, **options), NextToken, optimizer=partial(AdamW, lr=1e-2),
+    )  # fmt: skip
+    outputs = fit(module, 3, batches=[pair_batch()] * 3, callbacks=[FrozenRouting(1)]).outputs
+    return [step["plans"][0].plan.expert_N for step in outputs], module.state_dict()
+
+
+@pytest.mark.parametrize("router", [None, partial(TopKRouter, top_k=2, renormalise=True)], ids=["theirs", "ours"])
+def test_earlier_choices_hold_where_layers_run_again(router: Any) -> None:
+    chosen, plain = train_frozen(QWEN, router=router)
+    again, checkpointed = train_frozen(QWEN, router=router, gradient_checkpointing=True)
+    assert torch.equal(chosen[0], chosen[2]) and torch.equal(again[0], again[2])
+    assert all(torch.equal(plain[name], checkpointed[name]) for name in plain)
+
+
+def test_earlier_choices_hold_for_experts_of_one_modality() -> None:
+    first, _, last = train_frozen(ERNIE, capacity=Capacity(train_factor=0.5, priority="token"))[0]
+    assert torch.equal(first, last)

@@ -86,6 +86,10 @@ def test_answers(arm: Course, verdict: Verdict, words: str) -> None:
 def test_an_idle_change_and_a_step_without_an_event() -> None:
     assert answer("x=1", 22, UNCHANGED, UNCHANGED, is_equal=True).verdict is Verdict.CHANGES_NOTHING
     assert answer("x=1", 24, UNCHANGED, UNCHANGED, is_equal=False).verdict is Verdict.NO_EVENT
+    cut = UNCHANGED._replace(steps=UNCHANGED.steps[:1])
+    assert answer("x=1", 24, cut, UNCHANGED, is_equal=False).sentence.endswith(
+        f"at step 24; but it ends at step {cut.steps[0].step}, before the unchanged replay does."
+    )
     assert count_spoilt(UNCHANGED, 22) == 2
 
 
