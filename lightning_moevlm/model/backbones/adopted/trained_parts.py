@@ -78,7 +78,7 @@ def add_adapters(model: nn.Module, layers: Iterable[Mixture], options: LoRA) -> 
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
-            parameter.data = parameter.data.float()  # in bf16 most steps of a small rate would be rounded away
+            parameter.data = parameter.data.float()  # bf16 rounds many steps of a small rate away
     for layer in layers:
         if options.train_routers:
             layer.router.requires_grad_()
