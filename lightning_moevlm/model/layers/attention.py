@@ -105,7 +105,12 @@ class Attention(Module):
         self.path = ""  # in the backbone, see name_layers
 
     def forward(
-        self, tokens_BSD: Tensor, layout: Layout, measure: bool = False, past: KeyValues | None = None
+        self,
+        tokens_BSD: Tensor,
+        layout: Layout,
+        measure: bool = False,
+        past: KeyValues | None = None,
+        allowed: Tensor | None = None,
     ) -> AttentionOutput:
         """Attend.
 
@@ -114,11 +119,12 @@ class Attention(Module):
             layout: of the whole sequence.
             measure: also return the largest logit of each head, which computes all logits once more.
             past: of the positions before; it is extended.
+            allowed: `allowed_keys` of the layout, where several layers share them; None computes them.
         """
         query, key, value = self.query_key_value(tokens_BSD).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         query_BHSW = normalise(query, self.query_norm, self.precision).transpose(1, 2)
         key_BHSW = normalise(key, self.key_norm, self.precision).transpose(1, 2)
-        allowed = allowed_keys(layout)
+        allowed = allowed_keys(layout) if allowed is None else allowed
         if past is not None and allowed.shape[2] > 1:
             allowed = allowed[:, :, -tokens_BSD.shape[1] :]
         with region(self.precision, "attention_logits", tokens_BSD.device.type) as cast:

@@ -22,7 +22,7 @@ from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.contracts.sequence_layout import Layout
 from lightning_moevlm.contracts.step_records import AttentionLogits, NamedPlan
 from lightning_moevlm.model.initial_weights import InitialScale, Module
-from lightning_moevlm.model.layers.attention import Attention, KeyValues
+from lightning_moevlm.model.layers.attention import Attention, KeyValues, allowed_keys
 from lightning_moevlm.model.layers.depth import Depth, deepnorm_alpha
 from lightning_moevlm.model.layers.feed_forward.feed_forward import FeedForward, RoutedPlan, count_parameters
 from lightning_moevlm.model.layers.init_scheme import scales_in_block
@@ -84,19 +84,26 @@ class Block(Module):
         self.norms_sum = placement == "post"
 
     def forward(
-        self, tokens_BSD: Tensor, layout: Layout, measure: bool = False, past: KeyValues | None = None
+        self,
+        tokens_BSD: Tensor,
+        layout: Layout,
+        measure: bool = False,
+        past: KeyValues | None = None,
+        allowed: Tensor | None = None,
     ) -> BlockOutput:
         """Return tokens of the same shape, plans of the MoEs inside and, with `measure`, the largest attention logits.
 
-        With `past`, the tokens are the last positions of the layout; see `Attention`.
+        With `past`, the tokens are the last positions of the layout; see `Attention`, also for `allowed`.
         """
         if self.precision.trunk is None:
-            return self._transform(tokens_BSD, layout, measure, past)
+            return self._transform(tokens_BSD, layout, measure, past, allowed)
         with region(self.precision, "trunk", tokens_BSD.device.type):
-            return self._transform(tokens_BSD, layout, measure, past)
+            return self._transform(tokens_BSD, layout, measure, past, allowed)
 
-    def _transform(self, tokens_BSD: Tensor, layout: Layout, measure: bool, past: KeyValues | None) -> BlockOutput:
-        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure, past)
+    def _transform(
+        self, tokens_BSD: Tensor, layout: Layout, measure: bool, past: KeyValues | None, allowed: Tensor | None
+    ) -> BlockOutput:
+        attended = self.attention(self._input(tokens_BSD, self.attention_norm), layout, measure, past, allowed)
         layout = layout if past is None else layout.last(tokens_BSD.shape[1])
         tokens_BSD = self._add(
             tokens_BSD, attended.tokens_BSD, self.attention_out_norm, self.attention_scale, self.attention_norm
@@ -201,9 +208,10 @@ def run_blocks(
     """
     plans: list[NamedPlan] = []
     attention: list[AttentionLogits] = []
+    allowed = allowed_keys(layout)
     for index, block in enumerate(blocks):
         assert isinstance(block, Block)
-        output = block(tokens_BSD, layout, measure, None if past is None else past[index])
+        output = block(tokens_BSD, layout, measure, None if past is None else past[index], allowed)
         tokens_BSD = output.tokens_BSD
         plans.extend(NamedPlan(source, first + index, *plan) for plan in output.plans)
         if output.logit_max_H is not None:
