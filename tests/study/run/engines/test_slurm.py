@@ -24,6 +24,9 @@ pytestmark = pytest.mark.skipif(
 @pytest.fixture(autouse=True)
 def cluster(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cluster of the test's own; returns the folder of its jobs."""
+    import submitit
+
+    submitit.SlurmJob.watcher.clear()  # it remembers the jobs of the test before, which had the same numbers
     home = tmp_path / "slurm"
     home.mkdir()
     monkeypatch.setenv("PATH", f"{install(home)}{os.pathsep}{os.environ['PATH']}")
