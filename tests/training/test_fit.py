@@ -62,6 +62,7 @@ def test_steps_are_logged_and_kept(trained: Path) -> None:
         assert key in logged, key
     undeclared = {key for key in logged if metric_keys.find_metric(key) is None and not key.startswith("system/")}
     assert undeclared == set()
+    assert run.data.tags["router_dtype"] == "float32"
     checkpoint = torch.load(last_checkpoint(trained), weights_only=True)
     assert checkpoint["global_step"] == 10
 

@@ -234,7 +234,8 @@ def _kernels(subject: Subject) -> dict[str, str]:
 
 def _dtypes(subject: Subject) -> dict[str, str]:
     leaves = flatten_values(subject.resolved)
-    return {
+    routers = {"of routers": tag} if (tag := subject.tags.get("router_dtype")) else {}
+    return routers | {
         key: str(value) for key, value in leaves.items() if key.startswith(("trainer.precision", "model.precision"))
     }
 

@@ -28,6 +28,7 @@ from lightning_moevlm.model.dispatch.auto.measure import measure_products
 from lightning_moevlm.model.dispatch.auto.own_table import measure_products_once
 from lightning_moevlm.model.layers import Mixture
 from lightning_moevlm.model.metrics import RoutingMetrics, capacity_factor, routing_metrics
+from lightning_moevlm.model.routers import Router
 from lightning_moevlm.training import StepOutput, VisionLanguageModule
 from lightning_moevlm.training.callbacks.peak_memory import peak_memory, reset_peak
 from lightning_moevlm.training.callbacks.stopping.monitors import refuse_unknown_monitors
@@ -103,6 +104,8 @@ class Telemetry(Callback):
             f"{card.active_parameters / 1e6:.2f} M active, {frozen}"
             f"{card.active_flops_per_sample / 1e6:.1f} MFLOP forward per pair"
         )
+        if dtype := _router_dtype(backbone):
+            self._tag(trainer, {"router_dtype": dtype})
         if trainer.ckpt_path is not None:
             return  # a resumed run has it already
         self._write(
@@ -287,6 +290,12 @@ def changed_choices(before: Mapping[str, Mapping[str, str]], now: Mapping[str, M
         "resume; results may differ by rounding"
         for case, old, new in changes
     ]
+
+
+def _router_dtype(backbone: Backbone) -> str:
+    """Return the dtype of the routers' weights; empty without weights."""
+    routers = [module for module in backbone.modules() if isinstance(module, Router)]
+    return ", ".join(sorted({str(p.dtype).removeprefix("torch.") for router in routers for p in router.parameters()}))
 
 
 def loss_values(report: LossReport) -> dict[str, float]:

@@ -19,6 +19,7 @@ def subject(arm: str, seed: int = 0, **config: object) -> Subject:
         "manifest_digest": "5" * 64,
         "version/torch": "2.13.0",
         "dispatch/ffn.text": "GroupedDispatcher for 8 experts",
+        "router_dtype": "float32",
     }
     return Subject(arm, seed, {}, {"data": data, "model": model, "trainer": trainer, **config}, tags, 40)
 
@@ -95,6 +96,7 @@ def test_a_bias_is_refused_and_named(other: Subject, name: str):
         (tagged(subject("b"), commit_dirty="true"), "code commit"),
         (tagged(subject("b"), **{"dispatch/ffn.image": "LoopDispatcher for 8 experts"}), None),
         (tagged(subject("b"), **{"dispatch/ffn.text": "LoopDispatcher for 8 experts"}), "kernel path ffn.text"),
+        (tagged(subject("b"), router_dtype="bfloat16"), "dtype of routers"),
         (tagged(subject("b"), version__torch="2.14.0"), "version of torch"),
         (configured(subject("b"), "trainer", precision="bf16-mixed"), "dtype trainer.precision"),
         (configured(subject("b"), "trainer", accelerator="gpu"), "device accelerator"),
