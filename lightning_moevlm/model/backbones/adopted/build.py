@@ -1,9 +1,13 @@
 """Builds a model of transformers: from a directory, from the hub, or with random weights from a configuration."""
 
+import copy
+import dataclasses
 import inspect
-from collections.abc import Iterable, Iterator
+import re
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from textwrap import shorten
 from typing import Any, Literal, TypeAlias
@@ -12,6 +16,7 @@ import torch
 from torch import nn
 
 from lightning_moevlm.common.errors import UserError, say_missing_package
+from lightning_moevlm.common.nearest_name import find_nearest
 
 DType: TypeAlias = Literal["float32", "bfloat16", "float16"]
 ExpertsBackend: TypeAlias = Literal["eager", "grouped_mm", "batched_mm"]
@@ -140,7 +145,39 @@ def _read_config(transformers: Any, origin: Origin) -> Any:
         for place, name in enumerate(_IMAGE_IDS):
             options.setdefault(name, origin.vocab_size + place)
     text.setdefault("vocab_size", origin.vocab_size + (len(_IMAGE_IDS) if "vision_config" in options else 0))
-    return transformers.AutoConfig.for_model(model_type, **options)
+    config = transformers.AutoConfig.for_model(model_type, **copy.deepcopy(options))
+    _refuse_unknown(transformers, config, origin.config, "")
+    return config
+
+
+def _refuse_unknown(transformers: Any, config: Any, options: Mapping[str, Any], prefix: str) -> None:
+    """Refuse keys that the configuration lacks and no file of its family names, which transformers would ignore."""
+    for name, value in options.items():
+        part = vars(config).get(name)
+        if str(getattr(part, "model_type", "")).startswith("timm"):  # hands what it does not know to timm
+            continue
+        if isinstance(value, Mapping) and isinstance(part, transformers.PreTrainedConfig):
+            _refuse_unknown(transformers, part, value, f"{prefix}{name}.")
+            continue
+        fields = [field.name for field in dataclasses.fields(config)]
+        knows = name in fields or name.endswith("_token_id")  # ids that only generation may read
+        if not knows and not re.search(
+            rf"\b{re.escape(name)}\b", _sources(transformers.__file__, inspect.getfile(type(config)))
+        ):
+            near = find_nearest(name, fields)
+            raise UserError(
+                f"model.backbone.config.{prefix}{name} is no option of {type(config).__name__} and would change nothing"
+                f"{'' if near is None else f'; did you mean {near}?'}"
+            )
+
+
+@cache
+def _sources(package: str, configuration: str) -> str:
+    """Return the files that read a configuration: those of its family, and those that all families share."""
+    root = Path(package).parent
+    shared = [root / name for name in ("configuration_utils.py", "modeling_rope_utils.py", "backbone_utils.py")]
+    files = [*Path(configuration).parent.glob("*.py"), *shared]
+    return "\n".join(file.read_text("utf-8") for file in files if file.is_file())
 
 
 _IMAGE_IDS = ("image_token_id", "video_token_id", "vision_start_token_id", "vision_end_token_id")

@@ -10,6 +10,10 @@ TEXT: dict[str, Any] = {
     "max_position_embeddings": 64,
 }  # fmt: skip
 
+OLMOE: dict[str, Any] = {"model_type": "olmoe"} | {
+    name: size for name, size in TEXT.items() if name != "moe_intermediate_size"
+}
+
 _ROPE = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
 
 QWEN: dict[str, Any] = {
@@ -24,14 +28,12 @@ QWEN: dict[str, Any] = {
 
 LLAVA: dict[str, Any] = {
     "model_type": "llava",
-    "text_config": TEXT | {"model_type": "olmoe"},
+    "text_config": OLMOE,
     "vision_config": {
         "model_type": "clip_vision_model", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
         "num_attention_heads": 2, "image_size": 16, "patch_size": 8,
     },
 }  # fmt: skip
-
-OLMOE: dict[str, Any] = {"model_type": "olmoe"} | TEXT
 
 DEEPSEEK: dict[str, Any] = TEXT | {
     "model_type": "deepseek_v3", "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,

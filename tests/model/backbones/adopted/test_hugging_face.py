@@ -107,7 +107,8 @@ def test_heads_of_other_families_scale_or_cap_their_logits(name: str) -> None:
         "logits_mup_width_multiplier": {"model_type": "inkling_text", "logits_mup_width_multiplier": 4.0,
                                         "unpadded_vocab_size": 290},
     }[name]  # fmt: skip
-    model = small_hugging_face(TEXT | config)
+    inner = {"moe_intermediate_size": TEXT["moe_intermediate_size"]} if name.startswith(("final", "logits_mup")) else {}
+    model = small_hugging_face(OLMOE | inner | config)
     assert BATCH.text_BL is not None
     output = model(None, BATCH.text_BL, torch.ones_like(BATCH.text_BL, dtype=torch.bool))
     whole = model.model(input_ids=BATCH.text_BL).logits
@@ -204,6 +205,12 @@ def test_nothing_is_fetched_and_mistakes_are_explained(saved: tuple[HuggingFaceM
         ({"path": "nobody/no-such-model"}, "to fetch it from the hub, set local_files_only to false"),
         ({"config": TEXT}, "has no model_type: name a family"),
         ({"config": {"model_type": "no_such_family"}}, "cannot build the config of no_such_family"),
+        ({"config": OLMOE | {"num_expert": 8}}, "config.num_expert is no option of OlmoeConfig.*did you mean num_exp"),
+        ({"config": OLMOE | {"moe_intermediate_size": 8}}, "config.moe_intermediate_size is no option of OlmoeConfig"),
+        (
+            {"config": QWEN | {"text_config": TEXT | {"num_expert": 2}}},
+            "text_config.num_expert is no option of Qwen3VLMoeT",
+        ),
         ({"config": QWEN, "image_size": 20}, "data.image_size 20 is not a multiple of 8"),
         ({"config": LLAVA, "image_size": 24}, "image_size is 24, and .* of llava takes images of 16 pixels alone: set"),
         ({"path": saved[1], "vocab_size": 301}, "embeds 300 ids, and the data has 301"),

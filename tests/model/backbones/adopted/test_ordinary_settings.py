@@ -28,9 +28,11 @@ from tests.model.backbones.adopted.small_hugging_face import OLMOE, QWEN, TEXT, 
 from tests.small_model import default_dtype, pair_batch
 from tests.training.small_fit import fit
 
+SIZES = {name: size for name, size in TEXT.items() if name != "num_experts_per_tok"}
+
 GEMMA: dict[str, Any] = {
     "model_type": "gemma4",
-    "text_config": TEXT | {
+    "text_config": SIZES | {
         "enable_moe_block": True, "top_k_experts": 2, "vocab_size_per_layer_input": 300,
         "hidden_size_per_layer_input": 4, "layer_types": ["sliding_attention", "full_attention"], "global_head_dim": 16,
     },

@@ -21,7 +21,10 @@ LLAVA_QWEN2: dict[str, Any] = LLAVA | {"text_config": TEXT | {"model_type": "qwe
 
 def config_of(family: str) -> dict[str, Any]:
     """The configuration of a family of language models, or of a vision-language model."""
-    return {"qwen3_vl": QWEN_VL, "llava": LLAVA_QWEN2}.get(family, {"model_type": family} | TEXT)
+    own = {"model_type": family} | TEXT
+    if family == "opt":
+        own = {name: size for name, size in own.items() if name not in ("intermediate_size", "head_dim")}
+    return {"qwen3_vl": QWEN_VL, "llava": LLAVA_QWEN2}.get(family, own)
 
 
 def small_upcycled(family: str, upcycle: UpcycleDense | None = FOUR, **options: Any) -> HuggingFaceModel:
