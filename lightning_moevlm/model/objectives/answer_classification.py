@@ -86,7 +86,7 @@ class AnswerClassification(Objective):
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of questions, and tokens of their pass."""
         questions = batch.first(batch.pairs)
-        number = torch.tensor(questions.num_samples, device=batch.device)
+        number = torch.full((), questions.num_samples, device=batch.device)
         return BatchSize({TERM: number}, {"pair": PlanSize.of_pass(number, questions.text_mask_BL, self.num_patches)})
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:
@@ -109,7 +109,7 @@ class AnswerClassification(Objective):
             for answer in set(given):
                 if answer in self._class_of:
                     row_A[self._class_of[answer]] = _soft_score(answer, given)
-        return target_BA.to(device)
+        return target_BA.to(device, non_blocking=True)
 
     def _answered(self, logits_BA: Tensor, answers: Answers) -> Answered:
         chosen = logits_BA.detach().argmax(dim=-1).tolist()

@@ -65,19 +65,18 @@ class Classification(Objective):
             )
         output = backbone(batch.images_BRYX)
         labels = self._labels(batch)
-        rows_M = torch.tensor([row for row, label in enumerate(labels) if label is not None], device=batch.device)
-        target_M = torch.tensor(
-            [self.classes.number(label) for label in labels if label is not None], device=batch.device
-        )
+        known = [(row, self.classes.number(label)) for row, label in enumerate(labels) if label is not None]
+        known_M2 = torch.tensor(known, dtype=torch.int64).view(-1, 2).to(batch.device, non_blocking=True)
+        rows_M, target_M = known_M2.unbind(1)
         with region(self.precision, "heads", output.tokens_BSD.device.type) as cast:
-            logits_MC: Tensor = self.out(self.norm(cast(output.pool(Modality.IMAGE)[rows_M.long()])))
+            logits_MC: Tensor = self.out(self.norm(cast(output.pool(Modality.IMAGE)[rows_M])))
         with region(self.precision, "losses", logits_MC.device.type) as cast:
-            loss = cross_entropy(cast(logits_MC), target_M.long())
-        predictions = Predictions(logits_MC.detach().argmax(dim=-1), target_M.long())
+            loss = cross_entropy(cast(logits_MC), target_M)
+        predictions = Predictions(logits_MC.detach().argmax(dim=-1), target_M)
         of_samples = {}
         if not self.training and loss.loss_M is not None:
             right_M = (predictions.predicted_M == predictions.target_M).float()
-            of_samples[TERM] = SampleLosses(batch.image_keys, rows_M.long(), loss.loss_M.detach(), right_M)
+            of_samples[TERM] = SampleLosses(batch.image_keys, rows_M, loss.loss_M.detach(), right_M)
         return ObjectiveOutput(
             {TERM: Term(loss.mean, 1.0, len(target_M))},
             {TERM: predictions},
@@ -90,7 +89,7 @@ class Classification(Objective):
 
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of images with a class, and tokens of their pass."""
-        images = torch.tensor(len(batch.image_keys), device=batch.device)
+        images = torch.full((), len(batch.image_keys), device=batch.device)
         labels = self._labels(batch)
         labelled = images if batch.answers is None else torch.full_like(images, len(labels) - labels.count(None))
         return BatchSize({TERM: labelled}, {"image": PlanSize.of_pass(images, None, self.num_patches)})

@@ -92,9 +92,10 @@ class Contrastive(Objective):
 
     def can_use(self, batch: Batch) -> bool:
         """Return whether a batch holds pairs; while the ranks run the same step, those of all ranks."""
+        if not self.spans_ranks:
+            return batch.pairs > 0
         has_pairs = torch.tensor(batch.pairs > 0, dtype=torch.int64, device=self.log_scale.value.device)
-        if self.spans_ranks:
-            dist.all_reduce(has_pairs, op=dist.ReduceOp.MIN)
+        dist.all_reduce(has_pairs, op=dist.ReduceOp.MIN)
         return bool(has_pairs)
 
     def forward(self, backbone: Backbone, batch: Batch, draws: Draws) -> ObjectiveOutput:
@@ -162,7 +163,7 @@ class Contrastive(Objective):
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of pairs, and tokens of their pass."""
         pairs = batch.first(batch.pairs)
-        num_pairs = torch.tensor(pairs.num_samples, device=batch.device)
+        num_pairs = torch.full((), pairs.num_samples, device=batch.device)
         return BatchSize({TERM: num_pairs}, {"pair": PlanSize.of_pass(num_pairs, pairs.text_mask_BL, self.num_patches)})
 
     def measures(self, prefix: str = "", weight: float = 1.0) -> list[Measure]:

@@ -181,7 +181,7 @@ def draw_negatives(logits_BN: Tensor, allowed_BN: Tensor, uniform_B: Tensor) -> 
     """
     probability_BN = logits_BN.float().masked_fill(~allowed_BN, -torch.inf).softmax(dim=1).nan_to_num(0.0)
     bound_BN = probability_BN.cumsum(dim=1)
-    place_B = (bound_BN <= uniform_B.to(bound_BN.device).unsqueeze(1) * bound_BN[:, -1:]).sum(dim=1)
+    place_B = (bound_BN <= uniform_B.to(bound_BN.device, non_blocking=True).unsqueeze(1) * bound_BN[:, -1:]).sum(dim=1)
     last_B = (probability_BN > 0).cumsum(dim=1).argmax(dim=1)  # the last that can be drawn, whatever rounding does
     return torch.minimum(place_B, last_B)
 

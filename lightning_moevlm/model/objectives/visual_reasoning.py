@@ -61,7 +61,7 @@ class VisualReasoning(Objective):
                 "data.annotation to answers"
             )
         assert statements.text_BL is not None and statements.text_mask_BL is not None
-        target_B = self.targets(answers).to(batch.device)
+        target_B = self.targets(answers).to(batch.device, non_blocking=True)
         every_BP = torch.ones(2 * len(left), self.num_patches, dtype=torch.bool, device=batch.device)
         output = backbone(
             torch.cat([left, right]),
@@ -88,7 +88,7 @@ class VisualReasoning(Objective):
     def size(self, batch: Batch) -> BatchSize:
         """Return the number of statements, and tokens of their pass."""
         statements = batch.first(batch.pairs)
-        number = torch.tensor(statements.num_samples, device=batch.device)
+        number = torch.full((), statements.num_samples, device=batch.device)
         mask_BL = statements.text_mask_BL
         twice = None if mask_BL is None else mask_BL.repeat(2, 1)
         return BatchSize({TERM: number}, {"pair": PlanSize.of_pass(2 * number, twice, self.num_patches)})
