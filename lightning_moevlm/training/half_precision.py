@@ -5,6 +5,7 @@ evaluation epoch would stop growing (bf16 holds integers up to 256). These keep 
 pinned to float32, balancing state of routers, modules of image targets, and metrics.
 """
 
+import re
 from collections.abc import Iterable
 
 from lightning.pytorch import Trainer
@@ -64,8 +65,9 @@ class RegionHalfPrecision(HalfPrecision):
         regions = region_of_parameters(module)
         targets = [name for name, part in module.named_modules() if isinstance(part, ImageTargets)]
         routers = [name for name, part in module.named_modules() if isinstance(part, Router)]
+        theirs = _kept_by_transformers(module)
         for name, parameter in module.named_parameters():
-            if self.policy.dtype_of(regions[name]) == "float32" or _inside(name, targets):
+            if self.policy.dtype_of(regions[name]) == "float32" or _inside(name, targets) or name in theirs:
                 yield name, parameter
         for name, buffer in module.named_buffers():
             if buffer.is_floating_point() and (regions[name] == "router" or _inside(name, targets + routers)):
@@ -105,6 +107,20 @@ def keep_pinned_regions(trainer: Trainer, policy: PrecisionPolicy) -> None:
             f"regions pinned to float32 ({', '.join(pinned)}); set trainer.precision to bf16-mixed, or unpin the "
             "regions with null"
         )
+
+
+def _kept_by_transformers(module: nn.Module) -> set[str]:
+    """Return the parameters that models of transformers hold in fp32 whatever their dtype, such as ERNIE's gates."""
+    kept: set[str] = set()
+    for path, part in module.named_modules():
+        words = getattr(part, "_keep_in_fp32_modules_strict", None)
+        if not words:
+            continue
+        pattern = re.compile(rf"(^|\.)({'|'.join(words)})($|\.)")  # as transformers reads them
+        for name, _ in part.named_parameters():
+            if pattern.search(name.replace(".router.theirs.", ".")):  # an adopted router stands below our layer
+                kept.add(f"{path}.{name}" if path else name)
+    return kept
 
 
 def _inside(name: str, paths: list[str]) -> bool:

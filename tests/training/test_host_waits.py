@@ -108,7 +108,13 @@ class CountWaits(Callback):
                 mode.__exit__(None, None, None)
 
 
-@pytest.mark.parametrize("config", ["conf/quickstart.yaml", "conf/vl_moe/small.yaml"])
+@pytest.mark.parametrize(
+    "config",
+    [
+        "conf/quickstart.yaml",
+        pytest.param("conf/vl_moe/small.yaml", marks=pytest.mark.slow),  # 12 blocks: 6 s
+    ],
+)
 def test_a_plain_step_waits_for_what_is_documented(
     config: str, moevlm: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

