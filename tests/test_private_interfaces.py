@@ -64,6 +64,7 @@ INTERFACES = {
     },
     "training/callbacks/telemetry.py": {"_foreach_sub": "torch"},
     "training/checks/optimizer_checks.py": {"_step_supports_amp_scaling": "torch.amp:GradScaler"},
+    "training/half_precision.py": {"_keep_in_fp32_modules_strict": "transformers.modeling_utils:PreTrainedModel"},
     "training/optim/gradients/clip_update.py": {"_foreach_sub": "torch"},
     "training/optim/gradients/gradient_control.py": {"_foreach_mul_": "torch"},
     "training/optim/gradients/gradient_norms.py": {"_foreach_norm": "torch"},
