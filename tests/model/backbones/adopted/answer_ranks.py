@@ -21,9 +21,8 @@ from lightning_moevlm.model.losses import AuxiliaryLosses, LoadBalance
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import SigmoidBiasRouter
 from lightning_moevlm.training import VisionLanguageModule
-from tests.model.backbones.adopted.small_chat import QWEN_CHAT, qwen_processor
+from tests.model.backbones.adopted.small_chat import QWEN_CHAT, batch_of, make_chats, qwen_processor
 from tests.model.backbones.adopted.small_hugging_face import small_hugging_face
-from tests.model.backbones.adopted.test_chats import batch_of, make_chats
 from tests.small_model import uneven_batch
 from tests.training.small_fit import fit
 

@@ -3,8 +3,14 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from lightning_moevlm.contracts.batch import Batch, Chat
+from lightning_moevlm.data.text.chat import ChatMaker, Turn
+from lightning_moevlm.model.backbones import HuggingFaceModel
 from tests.model.backbones.adopted.small_hugging_face import LLAVA, QWEN
 
 SPECIAL = ("<pad>", "<|im_start|>", "<|im_end|>", "<image>", "<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
@@ -79,3 +85,48 @@ def qwen_processor(folder: Path) -> Any:
         patch_size=4, merge_size=2, temporal_patch_size=2, size={"shortest_edge": 16 * 16, "longest_edge": 32 * 32}
     )
     return WithoutVideos(images, tokenizer, None, chat_template=tokenizer.chat_template)
+
+
+TURNS = [
+    [Turn("what is it?", "a cat")],
+    [Turn("how many?", "two"), Turn("sure?", "yes")],
+    [Turn("colour?", "red")],
+]
+
+
+def picture(number: int, height: int, width: int) -> Image.Image:
+    pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+PICTURES = [picture(0, 20, 30), picture(1, 16, 16), picture(2, 40, 20)]
+
+
+def make_chats(maker: ChatMaker, num_turns: int = 2) -> list[Chat]:
+    return [maker.make([image], turns[:num_turns])[0] for image, turns in zip(PICTURES, TURNS, strict=True)]
+
+
+def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
+    said: list[dict[str, Any]] = []
+    for number, turn in enumerate(turns):
+        images = [{"type": "image"}] if number == 0 else []
+        said.append({"role": "user", "content": [*images, {"type": "text", "text": turn.question}]})
+        said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+    return said
+
+
+def batch_of(chats: list[Chat]) -> Batch:
+    """The pairs that go with conversations, whose own images and texts no model reads."""
+    text_BL = torch.full((len(chats), 4), 7)
+    images_BRYX = torch.zeros(len(chats), 3, 16, 16, dtype=torch.uint8)
+    keys = tuple(f"sample{number}" for number in range(len(chats)))
+    return Batch(images_BRYX, text_BL, torch.ones_like(text_BL).bool(), keys, chats=tuple(chats))
+
+
+def plain_model(model: HuggingFaceModel) -> Any:
+    """The same model without our layers."""
+    plain = type(model.model)._from_config(model.config).eval()
+    plain.load_state_dict(
+        {name.replace(".router.theirs", ""): value for name, value in model.model.state_dict().items()}
+    )
+    return plain

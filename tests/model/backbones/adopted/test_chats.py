@@ -9,11 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Trainer
-from PIL import Image
 from torch import Tensor
 from torch.optim import AdamW
 
@@ -21,13 +19,13 @@ pytest.importorskip("transformers", reason="needs the extra hf: pip install 'lig
 
 from lightning_moevlm.common.errors import UserError
 from lightning_moevlm.contracts.answer_list import AnswerList, write_answers
-from lightning_moevlm.contracts.batch import Batch, Chat, join_chats
+from lightning_moevlm.contracts.batch import join_chats
 from lightning_moevlm.contracts.routing_plan import Modality
 from lightning_moevlm.data.datamodule import ShardDataModule
 from lightning_moevlm.data.images.augment import Augment
 from lightning_moevlm.data.read.join_batches import join_batches
 from lightning_moevlm.data.read.mixture import Source
-from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions, Turn
+from lightning_moevlm.data.text.chat import ChatMaker, ChatOptions
 from lightning_moevlm.data.write.convert.sources.sets.questions import SetQuestions
 from lightning_moevlm.model.backbones import HuggingFaceModel
 from lightning_moevlm.model.generation import Decoding, generate_replies, rate_replies
@@ -40,7 +38,13 @@ from tests.model.backbones.adopted.small_chat import (
     IM_END,
     IMAGE_PAD,
     LLAVA_CHAT,
+    PICTURES,
     QWEN_CHAT,
+    TURNS,
+    batch_of,
+    make_chats,
+    messages_of,
+    plain_model,
     qwen_processor,
     save_llava,
     save_tokenizer,
@@ -48,20 +52,6 @@ from tests.model.backbones.adopted.small_chat import (
 from tests.model.backbones.adopted.small_hugging_face import OLMOE, small_hugging_face
 from tests.small_model import small_decoder
 from tests.training.callbacks.asked_run import Tagged
-
-TURNS = [
-    [Turn("what is it?", "a cat")],
-    [Turn("how many?", "two"), Turn("sure?", "yes")],
-    [Turn("colour?", "red")],
-]
-
-
-def picture(number: int, height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(number).integers(0, 255, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-PICTURES = [picture(0, 20, 30), picture(1, 16, 16), picture(2, 40, 20)]
 
 
 @pytest.fixture(scope="module")
@@ -75,27 +65,6 @@ def qwen(tmp_path_factory: pytest.TempPathFactory) -> ChatMaker:
     made = ChatMaker(ChatOptions(str(folder)))
     made.__dict__["processor"] = qwen_processor(folder)  # AutoProcessor needs torchvision for videos
     return made
-
-
-def make_chats(maker: ChatMaker, num_turns: int = 2) -> list[Chat]:
-    return [maker.make([image], turns[:num_turns])[0] for image, turns in zip(PICTURES, TURNS, strict=True)]
-
-
-def messages_of(turns: list[Turn]) -> list[dict[str, Any]]:
-    said: list[dict[str, Any]] = []
-    for number, turn in enumerate(turns):
-        images = [{"type": "image"}] if number == 0 else []
-        said.append({"role": "user", "content": [*images, {"type": "text", "text": turn.question}]})
-        said.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
-    return said
-
-
-def batch_of(chats: list[Chat]) -> Batch:
-    """The pairs that go with conversations, whose own images and texts no model reads."""
-    text_BL = torch.full((len(chats), 4), 7)
-    images_BRYX = torch.zeros(len(chats), 3, 16, 16, dtype=torch.uint8)
-    keys = tuple(f"sample{number}" for number in range(len(chats)))
-    return Batch(images_BRYX, text_BL, torch.ones_like(text_BL).bool(), keys, chats=tuple(chats))
 
 
 def test_conversations_are_those_of_the_processor(qwen: ChatMaker, llava: Path) -> None:
@@ -167,15 +136,6 @@ def test_conversations_stay_with_their_samples(qwen: ChatMaker) -> None:
     both = join_batches({0: batch, 1: batch.first(1)}, ["one", "other"])
     assert both.chats == (*chats, chats[0])
     assert all(not chat.images for chat in batch.without_pixels().chats or ())
-
-
-def plain_model(model: HuggingFaceModel) -> Any:
-    """The same model without our layers."""
-    plain = type(model.model)._from_config(model.config).eval()
-    plain.load_state_dict(
-        {name.replace(".router.theirs", ""): value for name, value in model.model.state_dict().items()}
-    )
-    return plain
 
 
 def test_replies_are_those_that_transformers_generates(llava: Path) -> None:

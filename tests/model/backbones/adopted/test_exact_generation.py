@@ -24,9 +24,17 @@ from lightning_moevlm.model.backbones.adopted.build import DType, ExpertsBackend
 from lightning_moevlm.model.generation import Decoding, generate, generate_replies
 from lightning_moevlm.model.objectives import NextToken
 from lightning_moevlm.model.routers import TopKRouter
-from tests.model.backbones.adopted.small_chat import LLAVA_CHAT, QWEN_CHAT, qwen_processor, save_llava
+from tests.model.backbones.adopted.small_chat import (
+    LLAVA_CHAT,
+    PICTURES,
+    QWEN_CHAT,
+    TURNS,
+    messages_of,
+    plain_model,
+    qwen_processor,
+    save_llava,
+)
 from tests.model.backbones.adopted.small_hugging_face import DEEPSEEK, LLAVA, OLMOE, QWEN, TEXT, small_hugging_face
-from tests.model.backbones.adopted.test_chats import PICTURES, TURNS, messages_of, plain_model
 from tests.model.backbones.adopted.test_generation import BATCH, LINEAR, SLIDING
 
 NEW = 5

@@ -23,8 +23,8 @@ from lightning_moevlm.model.backbones.adopted.routing.seam import find_seams
 from lightning_moevlm.model.dispatch import LoopDispatcher
 from lightning_moevlm.model.generation import Decoding, generate
 from tests.model.backbones.adopted.families import families, fill_tables, tiny
+from tests.model.backbones.adopted.small_chat import plain_model
 from tests.model.backbones.adopted.test_adopt import assert_equal
-from tests.model.backbones.adopted.test_chats import plain_model
 from tests.model.backbones.adopted.test_dispatch import assert_near, both
 from tests.model.backbones.adopted.test_exact_generation import Heard, theirs
 
